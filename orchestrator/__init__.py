@@ -1,0 +1,1 @@
+"""The orchestrator decides: recipes, plans, placement, status, gates, registry."""

@@ -1,0 +1,116 @@
+"""A job's status, the reasons for it, and the words a user reads. Pure tables, no I/O.
+
+One door changes a status: `Store.switch_status`, which asks `next_status` here and writes the event.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Status(StrEnum):
+    WAITING = "WAITING"
+    STARTING = "STARTING"
+    RUNNING = "RUNNING"
+    STOPPING = "STOPPING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+    @property
+    def finished(self) -> bool:
+        return self in FINISHED
+
+
+FINISHED = frozenset({Status.SUCCEEDED, Status.FAILED, Status.CANCELLED})
+
+ALLOWED: dict[Status, frozenset[Status]] = {
+    Status.WAITING: frozenset({Status.STARTING, Status.FAILED, Status.CANCELLED}),
+    Status.STARTING: frozenset(
+        {Status.RUNNING, Status.STOPPING, Status.WAITING, Status.FAILED, Status.CANCELLED}
+    ),
+    Status.RUNNING: frozenset({Status.STOPPING, Status.WAITING, Status.FAILED, Status.CANCELLED}),
+    Status.STOPPING: frozenset({Status.SUCCEEDED, Status.FAILED, Status.CANCELLED, Status.WAITING}),
+    Status.SUCCEEDED: frozenset(),
+    Status.FAILED: frozenset(),
+    Status.CANCELLED: frozenset(),
+}
+
+
+class Reason(StrEnum):
+    SUBMITTED = "submitted"
+    WAITS_FOR_PARENTS = "waits_for_parents"
+    WAITS_FOR_HOST = "waits_for_host"
+    WAITS_FOR_SLOT = "waits_for_slot"
+    WAITS_FOR_CPU = "waits_for_cpu"
+    PLACED = "placed"
+    ATTACHED = "attached"
+    STEPS_DONE = "steps_done"
+    DONE = "done"
+    PREEMPTED = "preempted"
+    HOST_LOST = "host_lost"
+    CONTROLLER_RESTARTED = "controller_restarted"
+    REGISTRY_AWAY = "registry_away"
+    CANCELLED_BY_USER = "cancelled_by_user"
+    PARENT_FAILED = "parent_failed"
+    BAD_DATA = "bad_data"
+    DIVERGED = "diverged"
+    OUT_OF_MEMORY = "out_of_memory"
+    DISK_FULL = "disk_full"
+    GATE_FAILED = "gate_failed"
+    FUSION_REFUSED = "fusion_refused"
+    INTERNAL_ERROR = "internal_error"
+
+
+@dataclass(frozen=True)
+class ReasonRow:
+    """What a reason does to a job: its next status, how many more attempts it may have, its words."""
+
+    status: Status
+    retries: int
+    words: str
+
+
+MANY = 1_000
+
+REASONS: dict[Reason, ReasonRow] = {
+    Reason.SUBMITTED: ReasonRow(Status.WAITING, MANY, "submitted"),
+    Reason.WAITS_FOR_PARENTS: ReasonRow(Status.WAITING, MANY, "waits for the jobs it depends on"),
+    Reason.WAITS_FOR_HOST: ReasonRow(Status.WAITING, MANY, "waits for a host to load its base"),
+    Reason.WAITS_FOR_SLOT: ReasonRow(Status.WAITING, MANY, "waits for a free slot on a host of its base"),
+    Reason.WAITS_FOR_CPU: ReasonRow(Status.WAITING, MANY, "waits for a free CPU"),
+    Reason.PLACED: ReasonRow(Status.STARTING, MANY, "placed on a host"),
+    Reason.ATTACHED: ReasonRow(Status.RUNNING, MANY, "running"),
+    Reason.STEPS_DONE: ReasonRow(Status.STOPPING, MANY, "all steps done; leaving the cluster"),
+    Reason.DONE: ReasonRow(Status.SUCCEEDED, 0, "done"),
+    Reason.PREEMPTED: ReasonRow(Status.WAITING, MANY, "paused for a job that goes first"),
+    Reason.HOST_LOST: ReasonRow(Status.WAITING, MANY, "its host was lost; goes on from the last checkpoint"),
+    Reason.CONTROLLER_RESTARTED: ReasonRow(
+        Status.WAITING, MANY, "chorus was restarted; goes on from the last checkpoint"
+    ),
+    Reason.REGISTRY_AWAY: ReasonRow(
+        Status.WAITING, MANY, "the registry does not answer; will be tried again"
+    ),
+    Reason.CANCELLED_BY_USER: ReasonRow(Status.CANCELLED, 0, "cancelled"),
+    Reason.PARENT_FAILED: ReasonRow(Status.FAILED, 0, "a job it depends on did not succeed"),
+    Reason.BAD_DATA: ReasonRow(Status.FAILED, 0, "its data cannot be used"),
+    Reason.DIVERGED: ReasonRow(Status.FAILED, 0, "its gradient stayed non-finite"),
+    Reason.OUT_OF_MEMORY: ReasonRow(Status.FAILED, 0, "it does not fit in memory"),
+    Reason.DISK_FULL: ReasonRow(Status.FAILED, 0, "the disk is full"),
+    Reason.GATE_FAILED: ReasonRow(Status.FAILED, 0, "it did not pass its gates"),
+    Reason.FUSION_REFUSED: ReasonRow(Status.FAILED, 0, "its adapters cannot be fused"),
+    Reason.INTERNAL_ERROR: ReasonRow(Status.FAILED, 0, "an error inside chorus"),
+}
+
+
+class IllegalSwitch(Exception):
+    """A status change that the table does not allow: a bug in the caller, never a user's fault."""
+
+
+def next_status(current: Status, reason: Reason) -> Status:
+    """The status that `reason` leads to from `current`. Raises IllegalSwitch."""
+    target = REASONS[reason].status
+    if target != current and target not in ALLOWED[current]:
+        raise IllegalSwitch(f"{current} -> {target} ({reason}) is not allowed")
+    return target

@@ -1,0 +1,1 @@
+"""Workers compute: one frozen base, many adapters, one tick at a time."""

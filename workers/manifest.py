@@ -1,0 +1,112 @@
+"""Folders that are complete or absent: written aside, fsynced, renamed, with a manifest of digests.
+
+Owns `manifest.json` (SHA-256 and size of every file). Standard library only, so that both sides of the
+process boundary verify bytes with the same code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+MANIFEST = "manifest.json"
+
+
+class CorruptFolder(Exception):
+    """A folder's bytes do not match its manifest; the message names the first file that differs."""
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of a JSON value in canonical form: sorted keys, no spaces, UTF-8."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def folder_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Relative path -> {sha256, bytes} of every file below `folder` except the manifest."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {
+        path.relative_to(folder).as_posix(): {"sha256": file_digest(path), "bytes": path.stat().st_size}
+        for path in files
+    }
+
+
+@contextmanager
+def publish_folder(final: Path, extra: Mapping[str, Any] | None = None) -> Generator[Path]:
+    """Yield a scratch folder beside `final`; on success add its manifest, fsync and rename it into place.
+
+    A reader sees the whole folder or none. `extra` is stored in the manifest under its own keys.
+    Raises FileExistsError if `final` exists: a published folder is never changed.
+    """
+    if final.exists():
+        raise FileExistsError(f"{final} exists already; a published folder is never overwritten")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    scratch = final.parent / f".{final.name}.{uuid4().hex}"
+    scratch.mkdir()
+    try:
+        yield scratch
+        manifest = {**(extra or {}), "files": folder_files(scratch)}
+        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+        _fsync_tree(scratch)
+        scratch.rename(final)
+        _fsync(final.parent)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a published folder. Raises CorruptFolder if it is missing or unreadable."""
+    try:
+        return json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise CorruptFolder(f"{folder} has no readable {MANIFEST}: {error}") from error
+
+
+def verify_folder(folder: Path) -> dict[str, Any]:
+    """The manifest of `folder`, after checking every digest. Raises CorruptFolder otherwise."""
+    manifest = read_manifest(folder)
+    found = folder_files(folder)
+    for name in sorted(manifest["files"].keys() | found.keys()):
+        if manifest["files"].get(name) != found.get(name):
+            raise CorruptFolder(f"{folder / name} does not match the digest in {MANIFEST}")
+    return manifest
+
+
+def folder_digest(folder: Path) -> str:
+    """One SHA-256 over the names and digests of every file of a folder, manifest excluded."""
+    return json_digest({name: entry["sha256"] for name, entry in folder_files(folder).items()})
+
+
+def remove_scratch(parent: Path) -> None:
+    """Remove what a killed writer left beside published folders."""
+    for path in parent.glob(".*.*"):
+        if path.is_dir() and len(path.suffix) == 33:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _fsync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _fsync(path)
+    _fsync(folder)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,298 @@
+"""Everything that crosses the process boundary between orchestrator and workers.
+
+Frozen dataclasses over the standard library only: both sides import this file, neither imports the other.
+Commands go to a host and take effect between two ticks on all ranks; events come back in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+TaskType = Literal["chat", "classification", "recommendation"]
+TASK_TYPES: tuple[TaskType, ...] = ("chat", "classification", "recommendation")
+
+StopCode = Literal["diverged", "bad_data", "out_of_memory", "disk_full", "internal_error"]
+"""Why a host stops a job by itself. `orchestrator.job.REASONS` maps each to a status and to words."""
+
+
+class BadInput(ValueError):
+    """Something a user wrote is wrong. The message is one sentence: file, key or row, and what to do."""
+
+
+# ---- what a host loads and a job asks for -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """A frozen base and how a host holds it. `path` is a local folder in Hugging Face layout."""
+
+    path: str
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    zero: Literal["auto", "none", "3"] = "auto"
+    deepspeed: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Passed through to DeepSpeed's `zero_optimization` block."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    activation_checkpointing: bool = False
+    slots: int = 8
+    tokens_per_tick: int = 4096
+    """Padded tokens one rank may hold in one micro-batch."""
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """LoRA hyper-parameters under PEFT's names (LoRA arXiv 2106.09685; rsLoRA arXiv 2312.03732)."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float = 0.0
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    use_rslora: bool = False
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One split of one data set. `path` is absolute: a .jsonl file, or a folder holding `<split>.jsonl`."""
+
+    path: str
+    type: TaskType
+    split: str = "train"
+    labels: tuple[str, ...] = ()
+    """Label words, classification only."""
+    instruction: str = ""
+    """System message put before every row; empty for none."""
+    max_samples: int | None = None
+    """The first so many rows; None for all."""
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """One job's own optimisation. Exactly one of `num_epochs` and `max_steps` is set."""
+
+    learning_rate: float
+    global_batch_size: int
+    sequence_len: int
+    num_epochs: float | None = None
+    max_steps: int | None = None
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    evals_per_epoch: int = 1
+    saves_per_epoch: int = 1
+    max_bad_steps: int = 3
+    """Consecutive steps with a non-finite gradient after which the job is stopped."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """What a host needs to train one attempt of one job."""
+
+    job: str
+    attempt: int
+    adapter: AdapterSpec
+    training: TrainingSpec
+    train: tuple[DatasetSpec, ...]
+    validation: tuple[DatasetSpec, ...]
+    checkpoint_dir: str
+    """Holds `step-<n>` folders; the newest one that verifies is resumed from."""
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """How one adapter is scored on one task's rows."""
+
+    datasets: tuple[DatasetSpec, ...]
+    sequence_len: int
+    max_new_tokens: int = 48
+    """Chat only: longest generated reply."""
+    generate_samples: int = 32
+    """Chat only: how many replies are generated for ROUGE-L and chrF."""
+
+
+# ---- commands: orchestrator -> host -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Attach:
+    job: JobSpec
+
+
+@dataclass(frozen=True)
+class Detach:
+    """Take a job off the host after saving it: cancelled, preempted, or done."""
+
+    job: str
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score an adapter folder (None: the base alone) on the resident base."""
+
+    request: str
+    adapter_dir: str | None
+    evaluation: EvaluationSpec
+
+
+@dataclass(frozen=True)
+class Close:
+    pass
+
+
+Command = Attach | Detach | Evaluate | Close
+
+
+# ---- events: host -> orchestrator -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HostReady:
+    world_size: int
+    zero: Literal["none", "3"]
+    slots: int
+    base_parameters: int
+    load_seconds: float
+
+
+@dataclass(frozen=True)
+class Attached:
+    job: str
+    attempt: int
+    step: int
+    """Steps already done: 0 for a fresh job, the checkpoint's step for a resumed one."""
+    num_steps: int
+    train_rows: int
+    trainable_parameters: int
+
+
+@dataclass(frozen=True)
+class StepDone:
+    job: str
+    attempt: int
+    step: int
+    """1 for the first step."""
+    loss: float
+    """Mean over the batch's target tokens."""
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    """Real (unpadded) tokens of the batch, prompt included."""
+    seconds: float
+    skipped: bool = False
+    """True when the gradient was not finite and the step was left out."""
+
+
+@dataclass(frozen=True)
+class Validated:
+    job: str
+    attempt: int
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class CheckpointSaved:
+    job: str
+    attempt: int
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class TrainingFinished:
+    """All steps done and saved; `adapter_dir` is in PEFT layout. The job has left its slot."""
+
+    job: str
+    attempt: int
+    step: int
+    adapter_dir: str
+
+
+@dataclass(frozen=True)
+class Detached:
+    job: str
+    attempt: int
+    step: int
+
+
+@dataclass(frozen=True)
+class JobStopped:
+    """The host stopped the job by itself. Its last good checkpoint stays."""
+
+    job: str
+    attempt: int
+    step: int
+    code: StopCode
+    message: str
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """Scores of one adapter on one task."""
+
+    task_type: TaskType
+    metrics: Mapping[str, float]
+    rows: int
+    predictions: tuple[Mapping[str, Any], ...]
+    """One mapping a row, JSON values only; classification and recommendation carry every row."""
+    labels: tuple[str, ...] = ()
+    confusion: tuple[tuple[int, ...], ...] = ()
+    """Classification: rows are truth, columns are prediction, both in the order of `labels`."""
+
+
+@dataclass(frozen=True)
+class EvaluationDone:
+    request: str
+    report: EvaluationReport
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EvaluationFailed:
+    request: str
+    message: str
+
+
+@dataclass(frozen=True)
+class HostFailed:
+    """The host is gone; every resident goes back to the queue with its last checkpoint."""
+
+    message: str
+
+
+JobEvent = Attached | StepDone | Validated | CheckpointSaved | TrainingFinished | Detached | JobStopped
+Event = HostReady | JobEvent | EvaluationDone | EvaluationFailed | HostFailed
+
+
+# ---- CPU tasks that need no base in memory: run anywhere, pure files in, files out --------------------
+
+
+@dataclass(frozen=True)
+class FuseTask:
+    """Fuse adapter folders into `out_dir` (PEFT layout, with `fusion.json`). See `workers.fuse`."""
+
+    adapter_dirs: tuple[str, ...]
+    weights: tuple[float, ...]
+    rule: str
+    rank: int | None
+    """Target rank of the `svd` rule; None for rules that keep the exact sum."""
+    out_dir: str
+
+
+@dataclass(frozen=True)
+class ExportTask:
+    """Write a release folder: the adapter alone, or merged into a full model."""
+
+    adapter_dir: str
+    base_path: str
+    merged: bool
+    out_dir: str
+
+
+Task = FuseTask | ExportTask
