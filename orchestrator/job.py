@@ -5,6 +5,7 @@ One door changes a status: `Store.switch_status`, which asks `next_status` here 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -57,6 +58,7 @@ class Reason(StrEnum):
     BAD_DATA = "bad_data"
     DIVERGED = "diverged"
     OUT_OF_MEMORY = "out_of_memory"
+    TOO_LARGE = "too_large"
     DISK_FULL = "disk_full"
     GATE_FAILED = "gate_failed"
     FUSION_REFUSED = "fusion_refused"
@@ -97,6 +99,7 @@ REASONS: dict[Reason, ReasonRow] = {
     Reason.BAD_DATA: ReasonRow(Status.FAILED, 0, "its data cannot be used"),
     Reason.DIVERGED: ReasonRow(Status.FAILED, 0, "its gradient stayed non-finite"),
     Reason.OUT_OF_MEMORY: ReasonRow(Status.FAILED, 0, "it does not fit in memory"),
+    Reason.TOO_LARGE: ReasonRow(Status.FAILED, 0, "it needs more ranks than the cluster has"),
     Reason.DISK_FULL: ReasonRow(Status.FAILED, 0, "the disk is full"),
     Reason.GATE_FAILED: ReasonRow(Status.FAILED, 0, "it did not pass its gates"),
     Reason.FUSION_REFUSED: ReasonRow(Status.FAILED, 0, "its adapters cannot be fused"),
@@ -114,3 +117,12 @@ def next_status(current: Status, reason: Reason) -> Status:
     if target != current and target not in ALLOWED[current]:
         raise IllegalSwitch(f"{current} -> {target} ({reason}) is not allowed")
     return target
+
+
+def run_status(statuses: Iterable[Status]) -> Status:
+    """A run's status, derived from its jobs': finished when all are, and then the worst of them."""
+    found = set(statuses)
+    if found - FINISHED:
+        return Status.WAITING if found <= {Status.WAITING} else Status.RUNNING
+    worst_first = (Status.FAILED, Status.CANCELLED)
+    return next((status for status in worst_first if status in found), Status.SUCCEEDED)

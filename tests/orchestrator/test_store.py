@@ -1,0 +1,227 @@
+"""The store: submitting, the one door of a status, finished steps, requests, curves."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.job import FINISHED, IllegalSwitch, Reason, Status, run_status
+from orchestrator.store import NoSuchJob, StaleAttempt, Store
+from orchestrator.store_rows import NewJob, NewRun, Progress
+from workers.types import StepDone, Validated
+
+KEY = "5" * 64
+
+
+def pipeline(key: str = KEY) -> NewRun:
+    train = NewJob("a", "train", {"name": "a"}, {"steps": []}, "hash-a", "series-a", priority=5)
+    fuse = NewJob("both", "fuse", {}, {}, "hash-both", "series-both", depends_on=("a",))
+    return NewRun("demo", key, {"jobs": 2}, (train, fuse))
+
+
+def step_done(step: int, loss: float = 1.0, attempt: int = 1) -> StepDone:
+    return StepDone("a", attempt, step, loss, 0.5, 1e-3, 100, 0.25)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "home" / "chorus.db"
+
+
+@pytest.fixture
+def store(path):
+    ticks = itertools.count(1)
+    opened = Store(f"sqlite:///{path}", clock=lambda: float(next(ticks)))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def job(store):
+    return store.jobs(store.submit(pipeline()))[0].id
+
+
+def finish(store, job, *reasons):
+    for reason in reasons:
+        store.switch_status(job, reason)
+
+
+def test_submit_new_pipeline_leaves_waiting_jobs_in_order(store):
+    run = store.submit(pipeline())
+    first, second = store.jobs(run)
+    assert (first.name, first.status, first.reason) == ("a", Status.WAITING, Reason.SUBMITTED)
+    assert second.depends_on == (first.id,)
+    assert store.run(run).recipe == {"jobs": 2}
+
+
+def test_submit_same_key_while_unfinished_returns_the_same_run(store):
+    assert store.submit(pipeline()) == store.submit(pipeline())
+    assert len(store.runs()) == 1
+
+
+def test_submit_same_key_after_the_end_makes_a_new_run(store, job):
+    run = store.job(job).run
+    finish(store, job, Reason.CANCELLED_BY_USER)
+    finish(store, f"{run}.both", Reason.PARENT_FAILED)
+    assert store.submit(pipeline()) != run
+    assert [row.status for row in store.runs()] == [Status.WAITING, Status.FAILED]
+
+
+def test_submit_from_many_processes_at_once_makes_one_run(path):
+    def submit(_: int) -> str:
+        store = Store.open(path)
+        run = store.submit(pipeline())
+        store.close()
+        return run
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(submit, range(16)))) == 1
+
+
+def test_store_opened_again_still_has_everything(store, path, job):
+    again = Store.open(path)
+    assert again.jobs() == store.jobs()
+    assert again.events(job) == store.events(job)
+    again.close()
+
+
+def test_switch_status_through_a_life_writes_one_event_each(store, job):
+    finish(store, job, Reason.PLACED, Reason.ATTACHED, Reason.STEPS_DONE, Reason.DONE)
+    steps = [(event.before, event.after, event.reason) for event in store.events(job)]
+    assert steps == [
+        (None, Status.WAITING, Reason.SUBMITTED),
+        (Status.WAITING, Status.STARTING, Reason.PLACED),
+        (Status.STARTING, Status.RUNNING, Reason.ATTACHED),
+        (Status.RUNNING, Status.STOPPING, Reason.STEPS_DONE),
+        (Status.STOPPING, Status.SUCCEEDED, Reason.DONE),
+    ]
+    assert store.job(job).finished_at == store.events(job)[-1].at
+
+
+def test_switch_status_that_changes_nothing_writes_no_event(store, job):
+    store.switch_status(job, Reason.WAITS_FOR_HOST, "no room")
+    before = store.events(job)
+    store.switch_status(job, Reason.WAITS_FOR_HOST, "no room")
+    assert store.events(job) == before
+
+
+def test_switch_status_not_in_the_table_is_refused_and_leaves_no_trace(store, job):
+    before = store.job(job), store.events(job)
+    with pytest.raises(IllegalSwitch):
+        store.switch_status(job, Reason.ATTACHED)
+    assert (store.job(job), store.events(job)) == before
+
+
+def test_switch_status_of_an_unknown_job_raises_no_such_job(store):
+    with pytest.raises(NoSuchJob, match="nobody"):
+        store.switch_status("nobody", Reason.PLACED)
+
+
+def test_switch_status_of_a_stale_attempt_is_refused(store, job):
+    finish(store, job, Reason.PLACED, Reason.HOST_LOST, Reason.PLACED)
+    with pytest.raises(StaleAttempt):
+        store.switch_status(job, Reason.ATTACHED, attempt=1)
+    assert store.switch_status(job, Reason.ATTACHED, attempt=2).status is Status.RUNNING
+
+
+def test_placed_begins_an_attempt_on_a_host_and_waiting_leaves_it(store, job):
+    placed = store.switch_status(job, Reason.PLACED, host="h1")
+    assert (placed.attempt, placed.host) == (1, "h1")
+    waiting = store.switch_status(job, Reason.HOST_LOST)
+    assert (waiting.attempt, waiting.host) == (1, None)
+    assert store.switch_status(job, Reason.PLACED, host="h2").started_at == placed.started_at
+
+
+@given(st.lists(st.sampled_from(list(Reason)), max_size=12))
+def test_any_sequence_of_reasons_keeps_events_and_row_in_agreement(reasons):
+    store = Store("sqlite://")
+    job = store.jobs(store.submit(pipeline()))[0].id
+    for reason in reasons:
+        try:
+            store.switch_status(job, reason)
+        except IllegalSwitch:
+            continue
+    events = store.events(job)
+    assert events[-1].after is store.job(job).status
+    assert all(later.before is earlier.after for earlier, later in itertools.pairwise(events))
+    assert all(event.before not in FINISHED or event.before is event.after for event in events)
+    store.close()
+
+
+def test_write_progress_of_a_stale_attempt_changes_nothing(store, job):
+    finish(store, job, Reason.PLACED, Reason.HOST_LOST, Reason.PLACED)
+    store.write_progress(job, 1, Progress(9, 10, 0.1))
+    assert store.job(job).step == 0
+    store.write_progress(job, 2, Progress(4, 10, 0.5, 300.0))
+    row = store.job(job)
+    assert (row.step, row.num_steps, row.loss, row.tokens_per_second) == (4, 10, 0.5, 300.0)
+
+
+def test_finish_step_twice_keeps_the_first_result(store, job):
+    store.finish_step("s1", "train", job, {"adapter_dir": "x"})
+    store.finish_step("s1", "train", job, {"adapter_dir": "y"})
+    assert store.finished_steps()["s1"].result == {"adapter_dir": "x"}
+
+
+def test_finished_steps_of_a_choice_gives_only_those_recorded(store, job):
+    store.finish_step("s1", "train", job, {})
+    store.finish_step("s2", "evaluate", job, {})
+    assert set(store.finished_steps({"s2", "s3"})) == {"s2"}
+    store.forget_step("s2")
+    assert set(store.finished_steps()) == {"s1"}
+
+
+def test_request_cancel_stays_open_until_closed(store, job):
+    store.request_cancel(job, who="ann")
+    (request,) = store.open_requests()
+    assert (request.job, request.kind, request.who) == (job, "cancel", "ann")
+    store.close_request(request.id)
+    assert store.open_requests() == ()
+
+
+def test_request_cancel_of_a_finished_job_does_nothing(store, job):
+    finish(store, job, Reason.CANCELLED_BY_USER)
+    store.request_cancel(job)
+    assert store.open_requests() == ()
+
+
+def test_metrics_of_a_resumed_job_overwrite_by_step(store, job):
+    store.curves.write("series-a", [step_done(1), step_done(2)], at=10.0)
+    store.curves.write("series-a", [step_done(2, 0.9, 2), step_done(3, 0.8, 2)], at=20.0)
+    store.curves.write("series-a", [Validated("a", 2, 3, 0.7)], at=20.0)
+    rows = store.metrics(job)
+    assert [(row.step, row.attempt, row.loss, row.eval_loss) for row in rows] == [
+        (1, 1, 1.0, None),
+        (2, 2, 0.9, None),
+        (3, 2, 0.8, 0.7),
+    ]
+    assert [row.step for row in store.metrics(job, after=2)] == [3]
+
+
+def test_metrics_that_are_not_finite_are_stored_as_none(store, job):
+    store.curves.write(
+        "series-a", [replace(step_done(1), loss=math.nan, grad_norm=math.inf, skipped=True)], 1.0
+    )
+    (row,) = store.metrics(job)
+    assert (row.loss, row.grad_norm, row.skipped) == (None, None, True)
+
+
+def test_unexported_points_are_given_once_even_when_steps_are_done_again(store):
+    store.curves.write("s", [step_done(1), step_done(2), Validated("a", 1, 2, 0.7)], at=1.0)
+    first = store.curves.unexported("s")
+    assert ([row.step for row in first.steps], [row.loss for row in first.validations]) == ([1, 2], [0.7])
+    store.curves.mark_exported("s", first)
+    store.curves.write("s", [step_done(2, attempt=2), step_done(3, attempt=2)], at=2.0)
+    assert [row.step for row in store.curves.unexported("s").steps] == [3]
+
+
+@given(st.lists(st.sampled_from(list(Status)), min_size=1))
+def test_run_status_is_finished_only_when_every_job_is(statuses):
+    assert run_status(statuses).finished == all(status.finished for status in statuses)
+    assert (run_status(statuses) is Status.SUCCEEDED) == (set(statuses) == {Status.SUCCEEDED})
