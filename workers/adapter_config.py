@@ -1,0 +1,79 @@
+"""What PEFT's `adapter_config.json` may say, for an adapter that is plain LoRA and nothing else.
+
+Default deny: a key not known here may change what the adapter computes, so a value in it is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from workers.types import BadInput
+
+CONFIG = "adapter_config.json"
+
+KNOWN = frozenset(
+    {"peft_type", "peft_version", "task_type", "auto_mapping", "inference_mode", "runtime_config"}
+    | {"base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "use_rslora"}
+    | {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+    | {"rank_pattern", "alpha_pattern", "init_lora_weights", "megatron_core", "qalora_group_size"}
+    | {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"}
+)
+"""Keys that are read, or on which the function of a trained adapter does not depend."""
+
+WAYS_OUT = {
+    "use_dora": "merge it into its base with PEFT's merge_and_unload, or train it again without DoRA",
+    "bias": "train it again with bias: none",
+    "target_parameters": "train it again with target_modules only",
+    "fan_in_fan_out": "train it on a base with linear layers, not Conv1D",
+}
+
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""The others change the base's weights, so that the factors alone are not the adapter."""
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration at `path`; its `r` and `lora_alpha` are numbers. Raises BadInput."""
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise BadInput(f"{path} is not JSON ({error}); save the adapter again") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise BadInput(f"{path}: peft_type is {kind!r}; only LORA adapters are supported")
+    _refuse_variants(path, config)
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), int | float) or config[key] <= 0:
+            raise BadInput(f"{path}: '{key}' is {config.get(key)!r}; it must be a number above 0")
+    return config
+
+
+def _refuse_variants(path: Path, config: Mapping[str, Any]) -> None:
+    for key, value in config.items():
+        if key in KNOWN or not value or (key == "bias" and value == "none"):
+            continue
+        way_out = WAYS_OUT.get(key, f"train it again without {key}")
+        raise BadInput(f"{path}: '{key}' is {value!r}, which is not plain LoRA; {way_out}")
+    init = config.get("init_lora_weights")
+    if init not in PLAIN_INITS:
+        raise BadInput(
+            f"{path}: init_lora_weights '{init}' changes the base; save the adapter again from PEFT with "
+            "path_initial_model_for_weight_conversion"
+        )
+
+
+def pattern_value(pattern: Mapping[str, float] | None, name: str) -> float | None:
+    """What PEFT finds for a module: the value of the first key (a regular expression) its name ends in."""
+    return next(
+        (value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), None
+    )
+
+
+def plain_targets(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """`target_modules` if that list alone selects the modules; empty if it is a pattern or narrowed."""
+    targets = config.get("target_modules")
+    narrowed = config.get("exclude_modules") or config.get("layers_to_transform") is not None
+    return tuple(sorted(targets)) if isinstance(targets, list) and not narrowed else ()
