@@ -1,0 +1,199 @@
+"""`schedule`: the policy case by case, then its invariants over any snapshot."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.contracts import Capacity
+from orchestrator.job import Reason, Status
+from orchestrator.placement import HostView, NewHost
+from orchestrator.queue import Need, Waiting, in_order
+from orchestrator.scheduler import Snapshot, schedule
+
+NO_ROOM = Capacity(cpus=0, gpus=0)
+
+
+def waiting(job: str, need: Need = Need.SLOT, base: str = "b1", **changes) -> Waiting:
+    return replace(Waiting(job, need, base, 2, 4, priority=0, submitted_at=0.0), **changes)
+
+
+def host(name: str = "h1", base: str = "b1", **changes) -> HostView:
+    return replace(HostView(name, base, world_size=2, slots=4), **changes)
+
+
+def decide(*jobs: Waiting, hosts=(), capacity=NO_ROOM, **rest):
+    return schedule(Snapshot(capacity, tuple(hosts), tuple(jobs), **rest))
+
+
+def test_schedule_jobs_of_one_base_share_one_new_host():
+    decision = decide(waiting("a"), waiting("b"), waiting("c"), capacity=Capacity(4, 0))
+    assert decision.start_hosts == (NewHost("host-1", "b1", 2, 4),)
+    assert decision.placements == {"a": "host-1", "b": "host-1", "c": "host-1"}
+
+
+def test_schedule_warm_host_with_a_free_slot_is_used_before_a_new_one():
+    decision = decide(waiting("a"), hosts=[host()], capacity=Capacity(8, 0))
+    assert (decision.start_hosts, decision.placements) == ((), {"a": "h1"})
+
+
+def test_schedule_full_host_makes_the_youngest_wait_for_a_slot():
+    full = host(slots=2, residents=frozenset({"x"}))
+    decision = decide(waiting("old"), waiting("young", submitted_at=9.0), hosts=[full])
+    assert decision.placements == {"old": "h1"}
+    assert decision.refusals == {"young": Reason.WAITS_FOR_SLOT}
+
+
+def test_schedule_scoring_needs_no_slot():
+    full = host(slots=1, residents=frozenset({"x"}))
+    assert decide(waiting("a", Need.HOST), hosts=[full]).placements == {"a": "h1"}
+
+
+def test_schedule_priority_goes_before_age():
+    full = host(slots=1)
+    decision = decide(waiting("old"), waiting("urgent", priority=5, submitted_at=9.0), hosts=[full])
+    assert decision.placements == {"urgent": "h1"}
+
+
+def test_schedule_host_opens_with_all_its_ranks_or_not_at_all():
+    busy = host(base="b2", world_size=1, residents=frozenset({"x"}))
+    decision = decide(waiting("a"), hosts=[busy], capacity=Capacity(1, 0))
+    assert (decision.start_hosts, decision.refusals) == ((), {"a": Reason.WAITS_FOR_HOST})
+
+
+def test_schedule_more_ranks_than_the_cluster_has_is_too_large():
+    assert decide(waiting("a"), capacity=Capacity(1, 0)).refusals == {"a": Reason.TOO_LARGE}
+
+
+def test_schedule_ranks_are_counted_in_gpus_where_there_are_any():
+    first = decide(waiting("a"), capacity=Capacity(cpus=1, gpus=2))
+    assert first.placements == {"a": "host-1"}
+    held = host(base="b2", on_gpus=True, residents=frozenset({"x"}))
+    second = decide(waiting("a"), hosts=[held], capacity=Capacity(cpus=64, gpus=0))
+    assert second.refusals == {"a": Reason.WAITS_FOR_HOST}
+
+
+def test_schedule_idle_host_of_another_base_closes_to_make_room():
+    decision = decide(waiting("a"), hosts=[host(base="b2")], bases_to_come=frozenset({"b1", "b2"}))
+    assert decision.close_hosts == ("h1",)
+    assert decision.refusals == {"a": Reason.WAITS_FOR_HOST}
+
+
+def test_schedule_busy_host_of_another_base_stays():
+    busy = host(base="b2", residents=frozenset({"x"}))
+    assert decide(waiting("a"), hosts=[busy]).close_hosts == ()
+
+
+def test_schedule_room_the_first_job_waits_for_is_not_taken_by_the_next():
+    busy = host(base="b3", residents=frozenset({"x"}))
+    small = waiting("small", base="b2", world_size=1, submitted_at=9.0)
+    decision = decide(waiting("first"), small, hosts=[busy], capacity=Capacity(1, 0))
+    assert decision.start_hosts == ()
+    assert decision.refusals == {"first": Reason.WAITS_FOR_HOST, "small": Reason.WAITS_FOR_HOST}
+
+
+def test_schedule_idle_host_stays_warm_while_its_base_is_to_come():
+    assert decide(hosts=[host()], bases_to_come=frozenset({"b1"})).close_hosts == ()
+    assert decide(hosts=[host()]).close_hosts == ("h1",)
+
+
+def test_schedule_task_runs_though_ranks_hold_every_cpu():
+    decision = decide(waiting("f", Need.CPU), waiting("g", Need.CPU, submitted_at=1.0))
+    assert (decision.start_tasks, decision.refusals) == (("f",), {"g": Reason.WAITS_FOR_CPU})
+    assert decide(waiting("f", Need.CPU), running_tasks=1).refusals == {"f": Reason.WAITS_FOR_CPU}
+
+
+def test_schedule_job_whose_parent_did_not_succeed_is_refused_for_good():
+    failed = waiting("a", parents=(Status.SUCCEEDED, Status.CANCELLED, Status.RUNNING))
+    pending = waiting("b", parents=(Status.SUCCEEDED, Status.RUNNING))
+    decision = decide(failed, pending, hosts=[host()])
+    assert decision.refusals == {"a": Reason.PARENT_FAILED, "b": Reason.WAITS_FOR_PARENTS}
+
+
+BASES = ("b1", "b2", "b3")
+WORLD = {"b1": 1, "b2": 2, "b3": 3}
+jobs = st.builds(
+    Waiting,
+    job=st.uuids().map(str),
+    need=st.sampled_from(Need),
+    base=st.sampled_from(BASES),
+    world_size=st.just(1),
+    slots=st.integers(1, 3),
+    priority=st.integers(-2, 2),
+    submitted_at=st.floats(0, 10),
+    parents=st.lists(st.sampled_from(Status), max_size=2).map(tuple),
+).map(lambda job: replace(job, world_size=WORLD[job.base]))
+hosts = st.builds(
+    HostView,
+    name=st.uuids().map(lambda name: f"warm-{name}"),
+    base=st.sampled_from(BASES),
+    world_size=st.just(1),
+    slots=st.integers(1, 3),
+    residents=st.integers(0, 3).map(lambda n: frozenset(f"r{i}" for i in range(n))),
+    visitors=st.integers(0, 1).map(lambda n: frozenset(f"v{i}" for i in range(n))),
+).map(lambda h: replace(h, world_size=WORLD[h.base], slots=max(h.slots, len(h.residents))))
+snapshots = st.builds(
+    Snapshot,
+    capacity=st.builds(Capacity, cpus=st.integers(0, 6), gpus=st.integers(0, 6)),
+    hosts=st.lists(hosts, max_size=4).map(tuple),
+    waiting=st.lists(jobs, max_size=10).map(tuple),
+    running_tasks=st.integers(0, 2),
+    bases_to_come=st.frozensets(st.sampled_from(BASES)),
+)
+
+
+@given(snapshots)
+def test_schedule_any_snapshot_answers_every_job_exactly_once(snapshot):
+    decision = schedule(snapshot)
+    answered = [*decision.placements, *decision.start_tasks, *decision.free, *decision.refusals]
+    assert sorted(answered) == sorted(job.job for job in snapshot.waiting)
+
+
+@given(snapshots)
+def test_schedule_any_snapshot_gives_no_slot_rank_or_task_twice(snapshot):
+    decision = schedule(snapshot)
+    by_job = {job.job: job for job in snapshot.waiting}
+    seats = {h.name: (h.base, h.slots - len(h.residents)) for h in snapshot.hosts}
+    seats |= {h.name: (h.base, h.slots) for h in decision.start_hosts}
+    for name, (base, free) in seats.items():
+        placed = [by_job[job] for job, where in decision.placements.items() if where == name]
+        assert all(job.base == base for job in placed)
+        assert sum(job.need is Need.SLOT for job in placed) <= free
+    ranks = snapshot.capacity.gpus if snapshot.capacity.gpus else snapshot.capacity.cpus
+    assert sum(h.world_size for h in decision.start_hosts) <= ranks
+    started = len(decision.start_tasks)
+    assert not started or started + snapshot.running_tasks <= max(1, snapshot.capacity.cpus)
+
+
+@given(snapshots)
+def test_schedule_any_snapshot_closes_only_idle_hosts_that_nobody_was_placed_on(snapshot):
+    decision = schedule(snapshot)
+    idle = {host.name for host in snapshot.hosts if host.idle}
+    assert set(decision.close_hosts) <= idle - set(decision.placements.values())
+    assert len(set(decision.close_hosts)) == len(decision.close_hosts)
+
+
+@given(snapshots, st.randoms(use_true_random=False))
+def test_schedule_does_not_depend_on_the_order_of_its_input(snapshot, random):
+    shuffled_hosts, shuffled_jobs = list(snapshot.hosts), list(snapshot.waiting)
+    random.shuffle(shuffled_hosts)
+    random.shuffle(shuffled_jobs)
+    shuffled = replace(snapshot, hosts=tuple(shuffled_hosts), waiting=tuple(shuffled_jobs))
+    assert schedule(shuffled) == schedule(snapshot)
+
+
+@given(snapshots)
+def test_schedule_never_passes_over_an_older_job_of_the_same_base_and_need(snapshot):
+    decision = schedule(snapshot)
+    refused: set[tuple[str, Need]] = set()
+    for job in in_order(snapshot.waiting):
+        kind = (job.base, job.need)
+        if decision.refusals.get(job.job) in (
+            Reason.WAITS_FOR_SLOT,
+            Reason.WAITS_FOR_HOST,
+            Reason.WAITS_FOR_CPU,
+        ):
+            refused.add(kind)
+        assert job.job not in decision.placements or kind not in refused
