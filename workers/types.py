@@ -37,7 +37,11 @@ class BaseSpec:
     activation_checkpointing: bool = False
     slots: int = 8
     tokens_per_tick: int = 4096
-    """Padded tokens one rank may hold in one micro-batch."""
+    """Padded tokens one rank may hold in one micro-batch, and spend in one tick."""
+    name: str = ""
+    """What `base_model_name_or_path` says in the adapters trained on it."""
+    digest: str = ""
+    """Of the weights, tokenizer and chat template; kept with every checkpoint and adapter."""
 
 
 @dataclass(frozen=True)
@@ -293,6 +297,10 @@ class ExportTask:
     base_path: str
     merged: bool
     out_dir: str
+    extra_files: tuple[tuple[str, str], ...] = ()
+    """(name, text): the card, the recipe, and what else is put into the folder as it is."""
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Of the merged weights. Give `BaseSpec.dtype`: then the merged model computes what the host computed."""
 
 
 Task = FuseTask | ExportTask

@@ -1,0 +1,100 @@
+"""Save and load one job: adapter, optimizer and counters in a folder that is complete or absent.
+
+A checkpoint is `<checkpoint_dir>/step-<n>/`: PEFT's two files, `optimizer.safetensors`, `progress.json`, and
+a manifest of digests. The sample order and the dropout masks are functions of the job's seed and step, so
+nothing else is needed to go on bit for bit. Never unpickles.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from workers.adapter import Adapter, read_adapter, write_adapter
+from workers.manifest import CorruptFolder, publish_folder, remove_scratch, verify_folder
+
+KEPT = 2
+OPTIMIZER = "optimizer.safetensors"
+PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    step: int
+    """Steps done, bad ones included."""
+    bad_steps: int
+    """Bad ones in a row, up to now."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    adapter: Adapter
+    optimizer: dict[str, Tensor]
+    progress: Progress
+
+
+def save(folder: Path, checkpoint: Checkpoint, base_digest: str) -> Path:
+    """Publish `step-<n>` and drop all but the newest two that verify. Returns its path.
+
+    Saving a step that is there already returns it as it is: the same step has the same bytes.
+    """
+    final = path_of(folder, checkpoint.progress.step)
+    if final.exists() and _verifies(final):
+        return final
+    shutil.rmtree(final, ignore_errors=True)
+    with publish_folder(final, {"base_digest": base_digest, "step": checkpoint.progress.step}) as scratch:
+        write_adapter(checkpoint.adapter, scratch)
+        save_file(checkpoint.optimizer, scratch / OPTIMIZER)
+        (scratch / PROGRESS).write_text(json.dumps(asdict(checkpoint.progress)) + "\n")
+    _prune(folder)
+    return final
+
+
+def save_adapter(final: Path, adapter: Adapter, base_digest: str) -> None:
+    """Publish the finished adapter alone, in PEFT's layout with a manifest."""
+    if final.exists() and _verifies(final):
+        return
+    shutil.rmtree(final, ignore_errors=True)
+    with publish_folder(final, {"base_digest": base_digest}) as scratch:
+        write_adapter(adapter, scratch)
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}"
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint whose bytes match its manifest; torn ones are passed over."""
+    return next((path for path in _newest_first(folder) if _verifies(path)), None)
+
+
+def load(path: Path) -> Checkpoint:
+    """Raises CorruptFolder if a byte differs from the manifest."""
+    verify_folder(path)
+    progress = Progress(**json.loads((path / PROGRESS).read_text()))
+    return Checkpoint(read_adapter(path), load_file(path / OPTIMIZER), progress)
+
+
+def _newest_first(folder: Path) -> Iterator[Path]:
+    return iter(sorted(folder.glob("step-*"), reverse=True))
+
+
+def _verifies(path: Path) -> bool:
+    try:
+        verify_folder(path)
+    except (CorruptFolder, OSError):
+        return False
+    return True
+
+
+def _prune(folder: Path) -> None:
+    good = [path for path in _newest_first(folder) if _verifies(path)]
+    for path in good[KEPT:]:
+        shutil.rmtree(path, ignore_errors=True)
+    remove_scratch(folder)

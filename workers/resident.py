@@ -1,0 +1,123 @@
+"""One job on a host: its rows, its place in them, its optimizer, and what its current step still needs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from workers import checkpoint
+from workers.base import Base
+from workers.compose import Chunk, cut_step
+from workers.data import encode_all
+from workers.optim import JobOptimizer, StepOutcome
+from workers.order import batch_samples, num_steps, steps_per_epoch
+from workers.ranks import Ranks
+from workers.rows import Row
+from workers.step import Share, target_count
+from workers.types import Attached, BadInput, JobSpec, StepDone, Validated
+
+
+@dataclass
+class Resident:
+    """State is the same on every rank, except gradients that wait for the reduction at the step's end."""
+
+    spec: JobSpec
+    slot: int
+    rows: list[Row]
+    validation: list[Row]
+    num_steps: int
+    optimizer: JobOptimizer
+    step: int = 0
+    """Steps done."""
+    bad_steps: int = 0
+    chunks: list[Chunk] = field(default_factory=list)
+    """What the current step still needs."""
+    target_tokens: int = 0
+    tokens: int = 0
+    loss: float = 0.0
+    """This rank's part of the current step's loss so far."""
+    started: float = 0.0
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.num_steps
+
+    @property
+    def share(self) -> Share:
+        training = self.spec.training
+        return Share(self.slot, training.seed, self.step, self.spec.adapter.lora_dropout, self.target_tokens)
+
+    def begin_step(self, base: Base, ranks: Ranks) -> None:
+        """Draw the step's batch and cut it into chunks."""
+        training = self.spec.training
+        samples = batch_samples(training.seed, self.step, len(self.rows), training.global_batch_size)
+        batch = [self.rows[sample] for sample in samples]
+        self.chunks = cut_step(batch, ranks.world_size, base.spec.tokens_per_tick, base.longest)
+        self.target_tokens = target_count(batch)
+        self.tokens = sum(len(row.input_ids) for row in batch)
+        self.loss = 0.0
+        self.started = self.started or time.monotonic()
+
+    def end_step(self) -> tuple[StepOutcome, float]:
+        """Step the optimizer on reduced gradients. Returns the outcome and the seconds since the last step."""
+        outcome = self.optimizer.step()
+        self.step += 1
+        self.bad_steps = 0 if outcome.finite else self.bad_steps + 1
+        seconds, self.started = time.monotonic() - self.started, time.monotonic()
+        return outcome, seconds
+
+    # -- events ----------------------------------------------------------------------------------------
+
+    def attached(self) -> Attached:
+        trainable = sum(parameter.numel() for parameter in self.optimizer.parameters)
+        spec = self.spec
+        return Attached(spec.job, spec.attempt, self.step, self.num_steps, len(self.rows), trainable)
+
+    def report(self, loss: float, outcome: StepOutcome, seconds: float) -> StepDone:
+        return StepDone(
+            self.spec.job,
+            self.spec.attempt,
+            self.step,
+            loss,
+            outcome.grad_norm,
+            outcome.learning_rate,
+            self.tokens,
+            seconds,
+            skipped=not outcome.finite,
+        )
+
+    def validated(self, loss: float) -> Validated:
+        return Validated(self.spec.job, self.spec.attempt, self.step, loss)
+
+    def due(self, per_epoch: int) -> bool:
+        """Whether something done `per_epoch` times an epoch, and at the very end, is due after this step."""
+        if self.finished:
+            return True
+        every = max(
+            1, steps_per_epoch(len(self.rows), self.spec.training.global_batch_size) // max(1, per_epoch)
+        )
+        return per_epoch > 0 and self.step % every == 0
+
+
+def settle(base: Base, ranks: Ranks, spec: JobSpec, slot: int, resume_from: Path | None) -> Resident:
+    """Read the job's data, fill its slot, and go on from a checkpoint if there is one. No collectives.
+
+    Raises BadInput for data or hyper-parameters that cannot be used, CorruptFolder for a torn checkpoint.
+    """
+    training = spec.training
+    if training.sequence_len > base.longest:
+        raise BadInput(
+            f"sequence_len: {training.sequence_len} is longer than the base allows ({base.longest} tokens)"
+        )
+    rows = encode_all(base.tokenizer, spec.train, training.sequence_len)
+    validation = encode_all(base.tokenizer, spec.validation, training.sequence_len) if spec.validation else []
+    parameters = base.slots.create(slot, spec.adapter, training.seed)
+    steps = num_steps(training, len(rows))
+    resident = Resident(spec, slot, rows, validation, steps, JobOptimizer(parameters, training, steps))
+    if resume_from is not None:
+        saved = checkpoint.load(resume_from)
+        base.slots.overwrite(slot, saved.adapter)
+        resident.optimizer.restore(saved.optimizer, saved.progress.step)
+        resident.step, resident.bad_steps = saved.progress.step, saved.progress.bad_steps
+    return resident

@@ -1,0 +1,143 @@
+"""One lock-step forward and backward pass, and the one reduction that ends a tick.
+
+The loss of a job's batch is the sum over its target tokens divided by the batch's target-token count, which
+is known before the first micro-batch; so cutting a batch over micro-batches, ticks and ranks changes nothing,
+and gradients are summed over ranks, never averaged. Shapes: R rows of T tokens, P target positions, V words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from workers.base import Base
+from workers.compose import MicroBatch
+from workers.head import target_logits
+from workers.lora import DropoutKey, Segment
+from workers.ranks import Ranks
+from workers.rows import Row
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a pass must know of a job: where its adapter is, what its masks and its loss depend on."""
+
+    slot: int
+    seed: int
+    step: int
+    dropout: float
+    target_tokens: int
+    """Of the job's whole batch, over all ranks and micro-batches."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's part of a micro-batch. A rank without rows runs one dummy row of weight 0."""
+
+    input_ids_RT: Tensor
+    positions_P: Tensor
+    labels_P: Tensor
+    weights_P: Tensor
+    segments: tuple[Segment, ...]
+    spans: tuple[tuple[str, int, int], ...]
+    """(job, start, stop) into P."""
+
+
+def forward_backward(
+    base: Base, ranks: Ranks, micro_batch: MicroBatch, shares: Mapping[str, Share]
+) -> dict[str, float]:
+    """Accumulate every present job's gradient. Returns this rank's part of each job's loss."""
+    batch = build_batch(micro_batch, ranks.rank, shares, base.pad_id)
+    losses_P = _losses(base, batch)
+    (losses_P * batch.weights_P.to(losses_P)).sum().backward()
+    return _by_job(batch, losses_P, shares)
+
+
+@torch.no_grad()
+def forward_only(
+    base: Base, ranks: Ranks, micro_batch: MicroBatch, shares: Mapping[str, Share]
+) -> dict[str, float]:
+    """The losses alone, for validation."""
+    batch = build_batch(micro_batch, ranks.rank, shares, base.pad_id)
+    return _by_job(batch, _losses(base, batch), shares)
+
+
+def reduce_gradients(ranks: Ranks, parameters: Sequence[nn.Parameter]) -> None:
+    """Sum the gradients of all jobs that end their step in this tick, in one flat buffer."""
+    if ranks.world_size == 1 or not parameters:
+        return
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = ranks.sum_(torch.cat([grad.flatten() for grad in grads]))
+    for parameter, grad in zip(parameters, flat.split([g.numel() for g in grads]), strict=True):
+        parameter.grad = grad.view_as(parameter).clone()
+
+
+def build_batch(micro_batch: MicroBatch, rank: int, shares: Mapping[str, Share], pad_id: int) -> Batch:
+    length = micro_batch.padded_length
+    rows: list[Row] = []
+    segments, spans = [], []
+    targets: list[tuple[int, int, float]] = []
+    for job, chunk in micro_batch.chunks:
+        share, mine = shares[job], chunk.rows[rank]
+        first_target = len(targets)
+        for row in mine:
+            targets += _targets(row, len(rows), length, 1 / share.target_tokens)
+            rows.append(row)
+        if mine:
+            keys = _dropout_keys(mine, share) if share.dropout else ()
+            segments.append(Segment(share.slot, len(rows) - len(mine), len(rows), keys))
+            spans.append((job, first_target, len(targets)))
+    targets = targets or [(0, 0, 0.0)]
+    positions, labels, weights = zip(*targets, strict=True)
+    return Batch(
+        _padded([row.input_ids for row in rows] or [()], length, pad_id),
+        torch.tensor(positions),
+        torch.tensor(labels),
+        torch.tensor(weights, dtype=torch.float64),
+        tuple(segments),
+        tuple(spans),
+    )
+
+
+def _targets(row: Row, index: int, length: int, weight: float) -> list[tuple[int, int, float]]:
+    """(flat position, label, weight) of the row's targets: the token before a label predicts it."""
+    return [
+        (index * length + position - 1, label, weight)
+        for position, label in enumerate(row.labels)
+        if label != -100 and position > 0
+    ]
+
+
+def target_count(rows: Sequence[Row]) -> int:
+    return sum(label != -100 for row in rows for label in row.labels[1:])
+
+
+def _dropout_keys(rows: Sequence[Row], share: Share) -> tuple[DropoutKey, ...]:
+    return tuple(DropoutKey(share.seed, share.step, row.sample, len(row.input_ids)) for row in rows)
+
+
+def _padded(sequences: Sequence[Sequence[int]], length: int, pad_id: int) -> Tensor:
+    """Right padding: under a causal mask no real token sees it, so no attention mask is needed."""
+    return torch.tensor([[*sequence, *[pad_id] * (length - len(sequence))] for sequence in sequences])
+
+
+def _losses(base: Base, batch: Batch) -> Tensor:
+    """Cross-entropy [P] of every target."""
+    with base.slots.rows(batch.segments):
+        logits_PV = target_logits(
+            base.model, batch.positions_P.to(base.device), input_ids=batch.input_ids_RT.to(base.device)
+        )
+    logits_PV = logits_PV.to(torch.promote_types(logits_PV.dtype, torch.float32))
+    return F.cross_entropy(logits_PV, batch.labels_P.to(base.device), reduction="none")
+
+
+def _by_job(batch: Batch, losses_P: Tensor, shares: Mapping[str, Share]) -> dict[str, float]:
+    """Each job's part of its batch loss, summed in float64 so that the order of rows does not show."""
+    exact_P = losses_P.detach().double().cpu()
+    return {
+        job: float(exact_P[start:stop].sum()) / shares[job].target_tokens for job, start, stop in batch.spans
+    }
