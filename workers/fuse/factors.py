@@ -1,0 +1,73 @@
+"""Linear algebra on a product B A that is never formed. Float64 throughout; arithmetic only.
+
+Legend: M out_features, N in_features, K rank of the product, C = min(M, K), D = min(N, K).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Factors(NamedTuple):
+    """The matrix `b @ a` [M, N], with a [K, N] and b [M, K]."""
+
+    a: Tensor
+    b: Tensor
+
+
+class Core(NamedTuple):
+    """`left @ middle @ right.T`, with orthonormal columns left [M, C] and right [N, D]; middle [C, D]."""
+
+    left: Tensor
+    middle: Tensor
+    right: Tensor
+
+
+class Svd(NamedTuple):
+    """Thin singular value decomposition: u [M, S], s [S] in falling order, vh [S, N]."""
+
+    u: Tensor
+    s: Tensor
+    vh: Tensor
+
+
+def core(factors: Factors) -> Core:
+    """QR of B and of A^T with their small product between: a lossless change of basis (arXiv 2509.17786)."""
+    left, r_b = torch.linalg.qr(factors.b)
+    right, r_a = torch.linalg.qr(factors.a.T)
+    return Core(left, r_b @ r_a.T, right)
+
+
+def svd(factors: Factors) -> Svd:
+    """The SVD of B A at the cost of a K by K one. The largest entry of every column of u is positive."""
+    left, middle, right = core(factors)
+    u, s, vh = torch.linalg.svd(middle, full_matrices=False)
+    u, vh = left @ u, vh @ right.T
+    sign = u.gather(0, u.abs().argmax(dim=0, keepdim=True)).sign()
+    return Svd(u * sign, s, vh * sign.T)
+
+
+def norm(factors: Factors) -> float:
+    """Frobenius norm of B A. Through the core: a Gram product would lose half the digits of a small norm."""
+    return float(torch.linalg.matrix_norm(core(factors).middle))
+
+
+def inner(one: Factors, other: Factors) -> float:
+    """Frobenius inner product <B1 A1, B2 A2> = tr((B1^T B2) (A2 A1^T))."""
+    return float(((one.b.T @ other.b) * (one.a @ other.a.T)).sum())
+
+
+@contextmanager
+def one_thread() -> Generator[None]:
+    """LAPACK's last digits depend on the number of threads: with one, equal inputs give equal bytes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,102 @@
+"""Run a fusion plan: adapters in, one adapter and its report out; from folders to a published folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from workers.adapter import Adapter, adapter_digests, read_adapter, write_adapter
+from workers.fuse.factors import Factors, one_thread
+from workers.fuse.normal import adapter_of, common_targets, modules, output_dtype
+from workers.fuse.report import REPORT, ModuleReport, Overlap, as_json, clamped, module_report, summary
+from workers.fuse.rule import Options
+from workers.fuse.rules import checked_rule
+from workers.manifest import MANIFEST, json_digest, publish_folder, read_manifest, verify_folder
+from workers.types import BadInput, FuseTask
+
+
+def fuse(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    rule: str = "cat",
+    rank: int | None = None,
+    names: Sequence[str] | None = None,
+) -> tuple[Adapter, dict[str, Any]]:
+    """One adapter for all, and the report. `names` say in errors which adapter is meant.
+
+    Raises BadInput for a plan or adapters that do not fit together: another base, other shapes, NaN.
+    """
+    options = Options(rank)
+    apply = checked_rule(rule, options, weights, len(adapters)).apply
+    names = names or [f"adapter {i + 1}" for i in range(len(adapters))]
+    fused: dict[str, Factors] = {}
+    reports: dict[str, ModuleReport] = {}
+    overlap = Overlap(len(adapters))
+    with one_thread():
+        for module in modules(adapters, weights, names):
+            result = apply(module, options)
+            fused[module.name] = result.factors
+            reports[module.name] = module_report(module, result)
+            overlap.add(module.shares)
+    base_model = next((adapter.base_model for adapter in adapters if adapter.base_model), "")
+    report = {
+        "rule": rule,
+        "rank": rank,
+        "weights": list(weights),
+        "notes": clamped(rank, reports),
+        "summary": summary(reports),
+        "cosines": overlap.cosines(),
+        "modules": as_json(reports),
+    }
+    return adapter_of(fused, base_model, common_targets(adapters), output_dtype(adapters)), report
+
+
+def fuse_folders(task: FuseTask) -> dict[str, Any]:
+    """Fuse adapter folders into `task.out_dir`: PEFT's two files, `fusion.json` and a manifest. The report.
+
+    Doing a plan again whose result is there changes nothing. Raises BadInput as `fuse` does, and where
+    `out_dir` holds something else; CorruptFolder if a byte of an input differs from its manifest.
+    """
+    folders = [Path(folder) for folder in task.adapter_dirs]
+    adapters = [read_adapter(folder) for folder in folders]
+    base_digest = _common_base(folders, adapters)
+    sources = [adapter_digests(folder) for folder in folders]
+    weights = [float(weight) for weight in task.weights]
+    plan = json_digest([task.rule, task.rank, weights, sources])
+    out = Path(task.out_dir)
+    if out.exists():
+        return _done_before(out, plan)
+    fused, report = fuse(adapters, weights, task.rule, task.rank, task.adapter_dirs)
+    report["sources"] = sources
+    with publish_folder(out, {"plan": plan, **base_digest}) as scratch:
+        write_adapter(fused, scratch)
+        (scratch / REPORT).write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
+    return report
+
+
+def _done_before(out: Path, plan: str) -> dict[str, Any]:
+    if not (out / MANIFEST).is_file() or read_manifest(out).get("plan") != plan:
+        raise BadInput(f"{out} exists and is not the result of this fusion; give another folder or remove it")
+    verify_folder(out)
+    return json.loads((out / REPORT).read_text())
+
+
+def _common_base(folders: Sequence[Path], adapters: Sequence[Adapter]) -> dict[str, str]:
+    """{"base_digest": ...} if the folders know it. By digest where two know theirs, else by name."""
+    digests = [_base_digest(folder) for folder in folders]
+    for i, digest in enumerate(digests):
+        for j in range(i):
+            known = digest and digests[j]
+            one, other = (digest, digests[j]) if known else (adapters[i].base_model, adapters[j].base_model)
+            if one and other and one != other:
+                raise BadInput(
+                    f"{folders[i]} was trained on base {one} but {folders[j]} on {other}; "
+                    "fuse adapters of one base"
+                )
+    return next(({"base_digest": digest} for digest in digests if digest), {})
+
+
+def _base_digest(folder: Path) -> str:
+    return str(read_manifest(folder).get("base_digest", "")) if (folder / MANIFEST).is_file() else ""
