@@ -1,0 +1,160 @@
+"""The blocks of a recipe: data sets, evaluation, registry, resources, schedule. Opens no file."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from orchestrator.gate import gate_problem, parse_bound, unknown_metric
+from workers.types import TaskType
+
+PRIORITIES = {"low": 25, "normal": 50, "high": 75}
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def not_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError(f"should be a number, found {value}")
+    return value
+
+
+def _priority(value: object) -> object:
+    if isinstance(value, str) and not value.isdigit():
+        if value not in PRIORITIES:
+            raise ValueError(f"should be one of {', '.join(PRIORITIES)} or a number, found {value!r}")
+        return PRIORITIES[value]
+    return value
+
+
+def _duration(value: object) -> object:
+    match = re.fullmatch(r"(\d+)([smhd])", value.strip()) if isinstance(value, str) else None
+    if match is not None:
+        return int(match[1]) * _SECONDS[match[2]]
+    if isinstance(value, str):
+        raise ValueError(f"should be a time like 90s, 30m, 6h or 2d, found {value!r}")
+    return value
+
+
+def _targets(value: object) -> object:
+    if value == "all-linear":
+        return value
+    if isinstance(value, (list, tuple)) and value and all(isinstance(name, str) for name in value):  # pyright: ignore[reportUnknownVariableType]
+        return tuple(sorted(set(value)))  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    raise ValueError(f"should be all-linear or a list of module names, found {value!r}")
+
+
+def bounds_in_one_form(bounds: dict[str, str]) -> dict[str, str]:
+    """`>=.80` and `>= 0.8` are one bound. Raises ValueError."""
+    return {key: str(parse_bound(text)) for key, text in bounds.items()}
+
+
+Count = Annotated[int, BeforeValidator(not_bool), Field(ge=1)]
+Whole = Annotated[int, BeforeValidator(not_bool), Field(ge=0)]
+Number = Annotated[float, BeforeValidator(not_bool)]
+Positive = Annotated[float, BeforeValidator(not_bool), Field(gt=0)]
+Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+RegisteredName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+Word = Annotated[str, Field(min_length=1)]
+Targets = Annotated[Literal["all-linear"] | tuple[Word, ...], BeforeValidator(_targets)]
+
+
+class Model(BaseModel):
+    """Every part of a recipe: refuses what it does not know, and never changes."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
+    )
+
+
+class Dataset(Model):
+    """Rows to train on or to be judged by."""
+
+    path: Word
+    """A .jsonl file, or a folder of train.jsonl, validation.jsonl and test.jsonl; relative to the recipe."""
+    type: TaskType
+    """chat: messages. classification: text, label. recommendation: history, candidates, target."""
+    split: Literal["train", "validation", "test"] | None = None
+    """The one role these rows have; left out, a folder gives each of its files the role of its name."""
+    labels: tuple[Word, ...] = ()
+    """Classification only: the label words."""
+    instruction: str = ""
+    """System message put before every row."""
+    max_samples: Count | None = None
+    """Use the first so many rows of each split."""
+
+    @model_validator(mode="after")
+    def _labels_belong_to_classification(self) -> Dataset:
+        if (self.type == "classification") != bool(self.labels):
+            raise ValueError("labels are needed for type classification, and only there")
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError(f"a label is listed twice in {', '.join(self.labels)}")
+        return self
+
+    @model_validator(mode="after")
+    def _file_has_one_role(self) -> Dataset:
+        if self.split is None and self.path.endswith(".jsonl"):
+            raise ValueError("a single file needs its split: train, validation or test")
+        return self
+
+
+class Gates(Model):
+    """Conditions shared by a job's evaluation and a fusion's."""
+
+    gates: dict[str, str] = Field(default_factory=dict)
+    """Metric -> bound, like `macro_f1: ">= 0.8"`."""
+    champion_margin: dict[str, Annotated[Number, Field(ge=0)]] = Field(default_factory=dict)
+    """Metric -> how much worse than the champion it may be."""
+
+    @field_validator("gates")
+    @classmethod
+    def _gates_in_one_form(cls, bounds: dict[str, str]) -> dict[str, str]:
+        return bounds_in_one_form(bounds)
+
+    def problem(self, allowed: set[str]) -> tuple[tuple[str, str], str] | None:
+        """The first gate or margin on something not in `allowed`: its block and key, and why."""
+        for key, text in self.gates.items():
+            if why := gate_problem(key, text, allowed):
+                return ("gates", key), why
+        for key in self.champion_margin:
+            if why := unknown_metric(key, allowed):
+                return ("champion_margin", key), why
+        return None
+
+
+class Evaluation(Gates):
+    """How the adapter is scored, and what must hold before it is promoted."""
+
+    max_new_tokens: Count = 48
+    """Chat only: longest generated reply."""
+    generate_samples: Whole = 32
+    """Chat only: how many replies are generated for ROUGE-L and chrF."""
+
+
+class Registry(Model):
+    """Where the adapter is registered."""
+
+    name: RegisteredName | None = None
+    """Registered name; left out, `<base>.<task>`."""
+    promote: bool = True
+    """Make it champion when its gates pass."""
+
+
+class Resources(Model):
+    """What the job asks of the cluster."""
+
+    world_size: Count | None = None
+    """Ranks of its host; left out, what the base file says."""
+
+
+class Schedule(Model):
+    """When the job runs."""
+
+    priority: Annotated[int, BeforeValidator(not_bool), BeforeValidator(_priority), Field(ge=0, le=100)] = 50
+    """low (25), normal (50), high (75), or a number from 0 to 100; higher goes first."""
+    team: str | None = None
+    """Whom the job is for."""
+    max_duration: Annotated[int, BeforeValidator(_duration), Field(gt=0)] | None = None
+    """Longest running time, like 90s, 30m or 6h."""
