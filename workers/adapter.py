@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from workers.adapter_config import CONFIG, pattern_value, plain_targets, read_config
 from workers.manifest import MANIFEST, CorruptFolder, file_digest, read_manifest
+from workers.tensors import save_tensors
 from workers.types import BadInput
 
 WEIGHTS = "adapter_model.safetensors"
@@ -104,7 +105,7 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
         # Copied: factors may be views of one buffer, which safetensors refuses.
         tensors[f"{PREFIX}{name}.lora_A.weight"] = a.detach().to("cpu", copy=True).contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = b.detach().to("cpu", copy=True).contiguous()
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(tensors, folder / WEIGHTS)
     config = json.dumps(adapter_config(adapter), indent=2, sort_keys=True)
     (folder / CONFIG).write_text(config + "\n")
 

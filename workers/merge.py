@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from workers.adapter import Adapter
+from workers.tensors import save_tensors
 from workers.types import BadInput
 
 SINGLE = "model.safetensors"
@@ -72,7 +72,7 @@ def write_merged(adapter: Adapter, base: Path, out: Path, dtype: torch.dtype) ->
     size = 0
     for path in sorted(set(shards.values())):
         tensors = _merged_shard(adapter, sources, path, dtype)
-        save_file(tensors, out / path.name, metadata={"format": "pt"})
+        save_tensors(tensors, out / path.name)
         placed |= dict.fromkeys(tensors, path)
         size += sum(tensor.nbytes for tensor in tensors.values())
     if (base / INDEX).is_file():
