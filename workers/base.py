@@ -44,6 +44,20 @@ class Base:
     def pad_id(self) -> int:
         return int(self.tokenizer.pad_token_id or 0)
 
+    @property
+    def trace(self) -> str:
+        """State of DeepSpeed's module trace: COMPLETE while its prefetch is valid. `none` when plain."""
+        if self.engine is None:
+            return "none"
+        coordinator = self.engine.optimizer.get_param_coordinator()
+        return str(coordinator._PartitionedParameterCoordinator__trace_mode.name)
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether this rank holds only its share of the weights between passes."""
+        parameters = list(self.model.parameters())
+        return all(hasattr(p, "ds_numel") for p in parameters) and any(p.numel() == 0 for p in parameters)
+
 
 def load_base(spec: BaseSpec, ranks: Ranks) -> Base:
     """Collective. Raises BadInput if the folder holds no usable model."""
@@ -110,7 +124,8 @@ def _announce_zero3(spec: BaseSpec) -> Any:
     # DeepSpeed would compile a shared-memory all-reduce that only its inference engine calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    return HfDeepSpeedConfig(_deepspeed_config(spec))
+    # DeepSpeed's early partitioning knows no float64; such a base is partitioned after loading instead.
+    return None if spec.dtype == "float64" else HfDeepSpeedConfig(_deepspeed_config(spec))
 
 
 def _partition(base: Base) -> None:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import random
-import socket
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.multiprocessing as mp
-
 from tests.models import make_base, write_rows
+from tests.numerics.pair import two_ranks
 from workers.adapter import Adapter, read_adapter
 from workers.host import Host
-from workers.ranks import Ranks, connect
+from workers.ranks import Ranks
 from workers.types import (
     AdapterSpec,
     Attach,
@@ -106,32 +102,12 @@ def drive(host: Host, script: Mapping[int, list[Command]]) -> list[Event]:
 def run(base: BaseSpec, script: Mapping[int, list[Command]], world_size: int = 1) -> list[Event]:
     """The script through a real host of `world_size` processes; rank 0's events."""
     if world_size == 1:
-        return drive(Host.load(base, Ranks()), script)
-    results = mp.get_context("spawn").Queue()
-    arguments = (world_size, free_port(), base, script, results)
-    processes = mp.spawn(_rank, arguments, nprocs=world_size, join=False)
-    while not processes.join(timeout=0.1):
-        if not results.empty():
-            break
-    events = results.get(timeout=120)
-    processes.join()
-    return events
+        return run_here(Ranks(), base, script)
+    return two_ranks(run_here, base, script)
 
 
-def _rank(rank: int, world_size: int, port: int, base: BaseSpec, script: Any, results: Any) -> None:
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    torch.set_num_threads(1)
-    host = Host.load(base, connect(rank, world_size, "127.0.0.1", port))
-    events = drive(host, script)
-    if rank == 0:
-        results.put(events)
-    host.close()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def run_here(ranks: Ranks, base: BaseSpec, script: Mapping[int, list[Command]]) -> list[Event]:
+    return drive(Host.load(base, ranks), script)
 
 
 def attach(*jobs: JobSpec) -> list[Command]:

@@ -1,0 +1,74 @@
+"""Dropout masks depend on (job seed, step, sample, module) alone, never on neighbours, ticks or ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from tests.numerics.jobs import adapters, attach, distance, run, test_base, three_jobs
+from workers.lora import DropoutKey, LoraLinear, Segment, install
+from workers.types import AdapterSpec
+
+
+def with_dropout(jobs):
+    return [replace(job, adapter=replace(job.adapter, lora_dropout=0.3)) for job in jobs]
+
+
+def test_dropout_alone_and_with_neighbours_is_bit_identical(tmp_path):
+    base = test_base(tmp_path, tokens_per_tick=800)
+    jobs = with_dropout(three_jobs(tmp_path, steps=8))
+    together = adapters(run(base, {0: attach(*jobs)}))
+    for job in jobs:
+        alone = replace(job, checkpoint_dir=job.checkpoint_dir + "-alone")
+        found = adapters(run(base, {0: attach(alone)}))[job.job]
+        for name, pair in together[job.job].factors.items():
+            assert torch.equal(found.factors[name][0], pair[0])
+            assert torch.equal(found.factors[name][1], pair[1])
+
+
+def test_dropout_split_over_ranks_draws_the_same_masks(tmp_path):
+    base = test_base(tmp_path)
+    jobs = with_dropout(three_jobs(tmp_path, steps=20))
+    one = adapters(run(base, {0: attach(*jobs)}))
+    moved = [replace(job, checkpoint_dir=job.checkpoint_dir + "-two") for job in jobs]
+    two = adapters(run(base, {0: attach(*moved)}, world_size=2))
+    for job in jobs:
+        assert distance(two[job.job].factors, one[job.job].factors) < 1e-5
+
+
+def test_dropout_keeps_its_rate_and_scales_what_is_kept():
+    model = torch.nn.Sequential(torch.nn.Linear(400, 400, bias=False)).requires_grad_(False)
+    torch.nn.init.zeros_(model[0].weight)
+    slots = install(model)
+    slots.create(0, AdapterSpec(r=400, lora_alpha=400, lora_dropout=0.25), seed=0)
+    assert isinstance(model[0], LoraLinear)
+    a, b = slots.parameters(0)
+    with torch.no_grad():
+        a.copy_(torch.eye(400))
+        b.copy_(torch.eye(400))
+    key = DropoutKey(seed=1, step=2, sample=3, tokens=250)
+    with slots.rows([Segment(0, 0, 1, (key,))]):
+        y = model(torch.ones(1, 300, 400))
+    real, padding = y[0, :250], y[0, 250:]
+    assert sorted(real.unique().tolist()) == [0.0, torch.tensor(1 / 0.75).item()]
+    assert abs(float((real == 0).float().mean()) - 0.25) < 0.01
+    assert torch.equal(padding, torch.ones_like(padding))
+
+
+def test_dropout_masks_differ_between_modules_steps_and_samples():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)).requires_grad_(False)
+    slots = install(model)
+    slots.create(0, AdapterSpec(r=64, lora_alpha=64, lora_dropout=0.5), seed=0)
+    seen = set()
+    for index, layer in enumerate(model):
+        for step in (0, 1):
+            for sample in (0, 1):
+                key = DropoutKey(0, step, sample, tokens=16)
+                name = str(index)
+                with slots.rows([Segment(0, 0, 1, (key,))]), torch.no_grad():
+                    slots.parameters(0)[2 * index + 1].copy_(torch.eye(64))
+                    slots.parameters(0)[2 * index].copy_(torch.eye(64))
+                    update = slots.add(name, index, torch.ones(1, 16, 64), torch.zeros(1, 16, 64))
+                seen.add(tuple((update == 0).flatten().tolist()))
+    assert len(seen) == 8
