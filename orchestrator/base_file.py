@@ -11,34 +11,45 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from orchestrator.model_folder import BaseDigests, folder_digests, linear_shapes, read_config, tensor_shapes
 from orchestrator.recipe_file import Node, Place, read_yaml
 from orchestrator.recipe_keys import refusal
+from orchestrator.recipe_parts import Count, Model, Word
 from workers.manifest import json_digest
 from workers.types import BadInput, BaseSpec
 
 SUFFIXES = (".yaml", ".yml")
 
 
-class BaseFile(BaseModel):
+def _word(value: object) -> object:
+    """YAML reads `zero: 3` as a number."""
+    return str(value) if isinstance(value, int) else value
+
+
+class BaseFile(Model):
     """The keys of a base file: which model, and how a host holds it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model: str
+    model: Word
+    """A folder relative to this file, or a hub id."""
     revision: str | None = None
+    """Of a hub id: a commit, tag or branch that is on this machine."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
-    zero: Literal["auto", "none", "3"] = "auto"
+    zero: Annotated[Literal["auto", "none", "3"], BeforeValidator(_word)] = "auto"
+    """DeepSpeed ZeRO: 3 spreads the base over the ranks; auto does so when there are several."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Passed through to DeepSpeed's zero_optimization block."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     activation_checkpointing: bool = False
-    world_size: int = Field(default=1, ge=1)
-    slots: int = Field(default=8, ge=1)
-    tokens_per_tick: int = Field(default=4096, ge=1)
+    world_size: Count = 1
+    """Ranks of a host."""
+    slots: Count = 8
+    """Adapters a host can hold at once."""
+    tokens_per_tick: Count = 4096
+    """Padded tokens one rank holds in one micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,8 @@ def _model_folder(model: str, revision: str | None, place: Place) -> Path:
 def parse_base_file(node: Node) -> BaseFile:
     """Raises BadInput naming file, line and key."""
     try:
-        return BaseFile.model_validate({key: child.plain() for key, child in node.mapping().items()})
+        node.mapping()
+        return BaseFile.model_validate(node.plain())
     except ValidationError as error:
         raise refusal(error, node, BaseFile) from error
 

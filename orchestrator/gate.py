@@ -24,22 +24,22 @@ class Metric:
     words: str
     tasks: tuple[TaskType, ...]
     lower_is_better: bool = False
-    ceiling: float | None = None
-    """The best value there can be; None where there is none or lower is better."""
 
 
 METRICS: dict[str, Metric] = {
     "loss": Metric("mean loss per target token, in nats", TASK_TYPES, lower_is_better=True),
     "perplexity": Metric("exp(loss)", ("chat",), lower_is_better=True),
-    "token_accuracy": Metric("share of target tokens predicted", ("chat",), ceiling=1.0),
-    "rouge_l": Metric("ROUGE-L F1 of greedy replies, 0 to 1", ("chat",), ceiling=1.0),
-    "chrf": Metric("chrF of greedy replies, 0 to 100", ("chat",), ceiling=100.0),
-    "accuracy": Metric("share of rows labelled right", ("classification",), ceiling=1.0),
-    "macro_f1": Metric("F1 averaged over labels", ("classification",), ceiling=1.0),
-    "hit_at_1": Metric("share of rows whose target ranks first", ("recommendation",), ceiling=1.0),
-    "ndcg_at_5": Metric("NDCG of the first five", ("recommendation",), ceiling=1.0),
-    "mrr": Metric("mean reciprocal rank of the target", ("recommendation",), ceiling=1.0),
+    "token_accuracy": Metric("share of target tokens predicted", ("chat",)),
+    "rouge_l": Metric("ROUGE-L F1 of greedy replies, 0 to 1", ("chat",)),
+    "chrf": Metric("chrF of greedy replies, 0 to 100", ("chat",)),
+    "accuracy": Metric("share of rows labelled right", ("classification",)),
+    "macro_f1": Metric("F1 averaged over labels", ("classification",)),
+    "hit_at_1": Metric("share of rows whose target ranks first", ("recommendation",)),
+    "ndcg_at_5": Metric("NDCG of the first five", ("recommendation",)),
+    "mrr": Metric("mean reciprocal rank of the target", ("recommendation",)),
 }
+OF_REPLIES = frozenset({"rouge_l", "chrf"})
+"""Measured on generated replies, so only where some are generated."""
 
 
 def metrics_of(task_type: TaskType) -> tuple[str, ...]:

@@ -12,18 +12,20 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, PrivateAttr, model_validator
 
-from orchestrator.gate import metrics_of
+from orchestrator.gate import OF_REPLIES, metrics_of
 from orchestrator.recipe_parts import (
     Count,
     Dataset,
     Evaluation,
     Model,
     Name,
-    Number,
+    NoBool,
+    NotNegative,
     Positive,
     Registry,
     Resources,
     Schedule,
+    Share,
     Slug,
     Targets,
     Whole,
@@ -49,9 +51,9 @@ class Recipe(Model):
     datasets: Annotated[tuple[Dataset, ...], Field(min_length=1)]
     sequence_len: Count
     """Longest row in tokens."""
-    lora_r: Annotated[Count, Field(le=1024)] = 16
+    lora_r: Annotated[int, Field(ge=1, le=1024), NoBool] = 16
     lora_alpha: Positive = 32.0
-    lora_dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    lora_dropout: Share = 0.0
     lora_target_modules: Targets = "all-linear"
     """all-linear, or a list of module names like q_proj."""
     use_rslora: bool = False
@@ -60,17 +62,17 @@ class Recipe(Model):
     """Rows of one step, whatever the number of ranks."""
     num_epochs: Positive | None = None
     max_steps: Count | None = None
-    learning_rate: Annotated[Positive, Field(le=1)] = 2e-4
+    learning_rate: Annotated[float, Field(gt=0, le=1), NoBool] = 2e-4
     lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_ratio: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    warmup_ratio: Share = 0.0
     """Share of the steps in which the learning rate rises from 0."""
-    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    weight_decay: NotNegative = 0.0
     max_grad_norm: Positive | None = 1.0
     """Null for no clipping."""
     evals_per_epoch: Whole = 1
     """How often an epoch the validation loss is taken; 0 for never."""
     saves_per_epoch: Count = 1
-    seed: Annotated[Whole, Field(lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63), NoBool] = 0
     max_bad_steps: Count = 3
     """Steps in a row with a gradient that is not finite after which the job is stopped."""
     evaluation: Evaluation = Evaluation()
@@ -104,8 +106,9 @@ class Recipe(Model):
 
     @property
     def metrics(self) -> set[str]:
-        """Names this recipe's gates may use."""
-        return set(metrics_of(self.task_type))
+        """Names this recipe's gates may use: what its evaluation will measure."""
+        measured = set(metrics_of(self.task_type))
+        return measured if self.evaluation.generate_samples else measured - OF_REPLIES
 
     def canonical(self) -> dict[str, Any]:
         """Every key with its value, JSON only, in a fixed form: equal meaning gives equal values."""

@@ -21,6 +21,7 @@ def not_bool(value: object) -> object:
 
 
 def _priority(value: object) -> object:
+    not_bool(value)
     if isinstance(value, str) and not value.isdigit():
         if value not in PRIORITIES:
             raise ValueError(f"should be one of {', '.join(PRIORITIES)} or a number, found {value!r}")
@@ -29,6 +30,7 @@ def _priority(value: object) -> object:
 
 
 def _duration(value: object) -> object:
+    not_bool(value)
     match = re.fullmatch(r"(\d+)([smhd])", value.strip()) if isinstance(value, str) else None
     if match is not None:
         return int(match[1]) * _SECONDS[match[2]]
@@ -50,14 +52,24 @@ def bounds_in_one_form(bounds: dict[str, str]) -> dict[str, str]:
     return {key: str(parse_bound(text)) for key, text in bounds.items()}
 
 
-Count = Annotated[int, BeforeValidator(not_bool), Field(ge=1)]
-Whole = Annotated[int, BeforeValidator(not_bool), Field(ge=0)]
-Number = Annotated[float, BeforeValidator(not_bool)]
-Positive = Annotated[float, BeforeValidator(not_bool), Field(gt=0)]
+# Bounds stand before the validator: pydantic then checks them on the number, and writes them into the schema.
+NoBool = BeforeValidator(not_bool)
+Count = Annotated[int, Field(ge=1), NoBool]
+Whole = Annotated[int, Field(ge=0), NoBool]
+Number = Annotated[float, NoBool]
+Positive = Annotated[float, Field(gt=0), NoBool]
+NotNegative = Annotated[float, Field(ge=0), NoBool]
+Share = Annotated[float, Field(ge=0, lt=1), NoBool]
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 RegisteredName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Word = Annotated[str, Field(min_length=1)]
+Priority = Annotated[
+    int,
+    Field(ge=0, le=100),
+    BeforeValidator(_priority, json_schema_input_type=int | Literal["low", "normal", "high"]),
+]
+Duration = Annotated[int, Field(gt=0), BeforeValidator(_duration, json_schema_input_type=int | str)]
 Targets = Annotated[Literal["all-linear"] | tuple[Word, ...], BeforeValidator(_targets)]
 
 
@@ -105,7 +117,7 @@ class Gates(Model):
 
     gates: dict[str, str] = Field(default_factory=dict)
     """Metric -> bound, like `macro_f1: ">= 0.8"`."""
-    champion_margin: dict[str, Annotated[Number, Field(ge=0)]] = Field(default_factory=dict)
+    champion_margin: dict[str, NotNegative] = Field(default_factory=dict)
     """Metric -> how much worse than the champion it may be."""
 
     @field_validator("gates")
@@ -152,9 +164,9 @@ class Resources(Model):
 class Schedule(Model):
     """When the job runs."""
 
-    priority: Annotated[int, BeforeValidator(not_bool), BeforeValidator(_priority), Field(ge=0, le=100)] = 50
+    priority: Priority = 50
     """low (25), normal (50), high (75), or a number from 0 to 100; higher goes first."""
     team: str | None = None
     """Whom the job is for."""
-    max_duration: Annotated[int, BeforeValidator(_duration), Field(gt=0)] | None = None
+    max_duration: Duration | None = None
     """Longest running time, like 90s, 30m or 6h."""
