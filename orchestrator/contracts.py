@@ -141,7 +141,7 @@ class AdapterVersion:
     tags: Mapping[str, str]
     aliases: tuple[str, ...]
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
-    """`<task>/<metric>` -> value."""
+    """`<task>/<metric>` -> value, and the base's own under `base/<task>/<metric>`; `@` is written `_at_`."""
     created_ms: int = 0
 
 
@@ -182,7 +182,20 @@ class Registry(Protocol):
         """The adapter folder, verified against the version's digest. Raises RegistryConflict if altered."""
         ...
 
-    def set_alias(self, name: str, alias: str, version: int) -> None: ...
+    def read_text(self, version: AdapterVersion, path: str) -> str:
+        """A text file of the version (`README.md`, `recipe.yaml`, `eval/report.json`), verified.
+
+        Raises NoSuchVersion if the version holds no such file.
+        """
+        ...
+
+    def set_tags(self, name: str, version: int, tags: Mapping[str, str]) -> None:
+        """Add or change tags (`gate.status`). Raises BadInput for those that bind the version to bytes."""
+        ...
+
+    def set_alias(self, name: str, alias: str, version: int) -> None:
+        """Any alias but `champion` and `previous`, which move by `promote` and `rollback` (BadInput)."""
+        ...
 
     def promote(
         self,
