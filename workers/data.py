@@ -32,6 +32,8 @@ __all__ = [
 ]
 
 IGNORE = -100
+PLACEHOLDER = "\ue000"
+"""A character of Unicode's private use area."""
 ROWS_PER_CALL = 1024
 """Rows tokenised at once: enough to keep the tokenizer's threads busy, little enough to hold offsets of."""
 
@@ -71,7 +73,7 @@ def encode_all(tokenizer: Any, specs: Sequence[DatasetSpec], sequence_len: int) 
         rendered = render_all(tokenizer, spec, read_rows(spec))
         for start in range(0, len(rendered), ROWS_PER_CALL):
             part = rendered[start : start + ROWS_PER_CALL]
-            rows += _encode(tokenizer, spec, part, len(rows), sequence_len)
+            rows += encode_rendered(tokenizer, spec, part, len(rows), sequence_len)
     return rows
 
 
@@ -82,7 +84,7 @@ def encode(tokenizer: Any, spec: DatasetSpec, row: dict[str, Any], sample: int, 
     Raises BadInput if no target is left, or an answer does not fit.
     """
     rendered = render(tokenizer, messages(spec, row), f"row {sample}")
-    return _encode(tokenizer, spec, [rendered], sample, sequence_len)[0]
+    return encode_rendered(tokenizer, spec, [rendered], sample, sequence_len)[0]
 
 
 def render_all(tokenizer: Any, spec: DatasetSpec, rows: Sequence[dict[str, Any]]) -> list[Rendered]:
@@ -97,18 +99,14 @@ def render(tokenizer: Any, turns: Sequence[dict[str, str]], where: str) -> Rende
     Raises BadInput if a message holds a control token, or the template refuses the conversation or renders
     its beginning differently from the whole.
     """
-    control = control_tokens(tokenizer)
     for turn in turns:
-        if found := next((token for token in control if token in turn["content"]), None):
-            raise BadInput(
-                f"{where}: the {turn['role']} message holds the control token {found}; take it out"
-            )
+        refuse_control_tokens(tokenizer, turn["content"], f"the {turn['role']} message", where)
     text = apply_template(tokenizer, turns, where)
     spans: list[Span] = []
     for index, turn in enumerate(turns):
         if turn["role"] == "assistant":
-            before = apply_template(tokenizer, turns[:index], where, ask=True) if index else ""
-            spans.append(_span(text, before, turn["content"].strip(), control, where))
+            before = _before(tokenizer, turns, index, where)
+            spans.append(_span(text, before, turn["content"].strip(), control_tokens(tokenizer), where))
     if any(later.start < earlier.stop for earlier, later in pairwise(spans)):
         raise BadInput(UNSTABLE.format(where=where))
     return Rendered(text, tuple(spans), where)
@@ -129,6 +127,20 @@ def control_tokens(tokenizer: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(token for token in (*tokenizer.all_special_tokens, *added) if token.strip()))
 
 
+def refuse_control_tokens(tokenizer: Any, content: str, what: str, where: str) -> None:
+    """Raises BadInput if the text of a row holds a control token."""
+    if found := next((token for token in control_tokens(tokenizer) if token in content), None):
+        raise BadInput(f"{where}: {what} holds the control token {found}; take it out")
+
+
+def _before(tokenizer: Any, turns: Sequence[dict[str, str]], index: int, where: str) -> str:
+    """What the template writes before the content of turn `index`."""
+    if index:
+        return apply_template(tokenizer, turns[:index], where, ask=True)
+    # Templates do not render an empty conversation; write another content in its place and cut there.
+    return apply_template(tokenizer, [{**turns[0], "content": PLACEHOLDER}], where).partition(PLACEHOLDER)[0]
+
+
 def _span(text: str, before: str, content: str, control: tuple[str, ...], where: str) -> Span:
     start = text.find(content, len(before))
     if not text.startswith(before) or start < 0:
@@ -137,13 +149,13 @@ def _span(text: str, before: str, content: str, control: tuple[str, ...], where:
     gap = text[tail:].lstrip()
     ends = next((token for token in control if gap.startswith(token)), "")
     stop = len(text) - len(gap) + len(ends) if ends else tail
-    # The first message has nothing before it to render: it starts with its own words.
-    return Span(len(before) or start, start, tail, stop)
+    return Span(len(before), start, tail, stop)
 
 
-def _encode(
+def encode_rendered(
     tokenizer: Any, spec: DatasetSpec, rendered: Sequence[Rendered], first: int, sequence_len: int
 ) -> list[Row]:
+    """Rendered rows in tokens, `sample` counting from `first`. Raises BadInput."""
     encoded = tokenizer(
         [row.text for row in rendered],
         add_special_tokens=False,

@@ -1,0 +1,66 @@
+"""Metrics over scores and replies, each by the library that people compare with. Pure; no model here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import Tokenizer
+from sacrebleu.metrics.chrf import CHRF
+from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+from torchmetrics.functional.retrieval import (
+    retrieval_hit_rate,
+    retrieval_normalized_dcg,
+    retrieval_reciprocal_rank,
+)
+
+
+class _Words(Tokenizer):
+    """Words without punctuation, Chinese by the character; rouge-score's own keeps only a-z and 0-9."""
+
+    def __init__(self) -> None:
+        self._split = TokenizerZh()
+
+    def tokenize(self, text: str) -> list[str]:
+        return [word for word in self._split(text.lower()).split() if any(map(str.isalnum, word))]
+
+
+def reply_metrics(replies: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """`rouge_l`: mean ROUGE-L F1, 0 to 1. `chrf`: corpus chrF2, 0 to 100."""
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
+    f1 = [scorer.score(ref, reply)["rougeL"].fmeasure for ref, reply in zip(references, replies, strict=True)]
+    chrf = CHRF().corpus_score(list(replies), [list(references)]).score
+    return {"rouge_l": sum(f1) / len(f1), "chrf": float(chrf)}
+
+
+def classification_metrics(
+    truth: Sequence[str], predicted: Sequence[str], labels: Sequence[str]
+) -> dict[str, float]:
+    """Accuracy, and the unweighted mean of the F1 of `labels` (0 for a label never predicted)."""
+    nothing: Any = 0.0  # scikit-learn's annotation knows only its default, "warn"
+    macro_f1 = f1_score(truth, predicted, labels=list(labels), average="macro", zero_division=nothing)
+    return {"accuracy": float(accuracy_score(truth, predicted)), "macro_f1": float(macro_f1)}
+
+
+def confusion(
+    truth: Sequence[str], predicted: Sequence[str], labels: Sequence[str]
+) -> tuple[tuple[int, ...], ...]:
+    """Counts, rows truth and columns prediction, both in the order of `labels`."""
+    return tuple(map(tuple, confusion_matrix(truth, predicted, labels=list(labels)).tolist()))
+
+
+def ranking_metrics(scores: Sequence[Sequence[float]], targets: Sequence[int]) -> dict[str, float]:
+    """Mean over rows of Hit@1, NDCG@5 and reciprocal rank; `targets[i]` is the right index of `scores[i]`."""
+    hits, gains, reciprocals = [], [], []
+    for row, target in zip(scores, targets, strict=True):
+        preds = torch.tensor(row, dtype=torch.float64)
+        preds = preds - preds.min() + 1  # torchmetrics leaves out what is not positive; the order stays
+        relevant = torch.arange(len(row)) == target
+        hits.append(retrieval_hit_rate(preds, relevant, top_k=1))
+        gains.append(retrieval_normalized_dcg(preds, relevant, top_k=min(5, len(row))))
+        reciprocals.append(retrieval_reciprocal_rank(preds, relevant))
+    means = {"hit_at_1": hits, "ndcg_at_5": gains, "mrr": reciprocals}
+    return {name: float(torch.stack(values).double().mean()) for name, values in means.items()}
