@@ -50,8 +50,8 @@ def padded_length(tokens: int) -> int:
 def cut_step(rows: Sequence[Row], world_size: int, tokens_per_rank: int, longest: int) -> list[Chunk]:
     """One step's rows as chunks, longest first, rows in batch order within each.
 
-    Depends on the job's own rows and the host's shape only. No chunk exceeds `tokens_per_rank` padded tokens on a rank, unless a single row does; no row is padded
-    past `longest`, the base's last position.
+    Depends on the job's own rows and the host's shape only. No chunk exceeds `tokens_per_rank` padded tokens
+    on a rank, unless a single row does; no row is padded past `longest`, the base's last position.
     """
     by_length: dict[int, list[Row]] = {}
     for row in rows:

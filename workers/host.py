@@ -162,7 +162,7 @@ class Host:
             return [JobStopped(spec.job, spec.attempt, 0, "internal_error", "the host has no free slot")]
         found = checkpoint.newest(Path(spec.checkpoint_dir)) if self.ranks.rank == 0 else None
         path, slot = self.ranks.broadcast(found), next(self._slots)
-        resident, message = self._together(lambda: settle(self.base, self.ranks, spec, slot, path))
+        resident, message = self._together(lambda: settle(self.base, spec, slot, path))
         if resident is None:
             self.base.slots.free(slot)
             return [JobStopped(spec.job, spec.attempt, 0, "bad_data", message)]

@@ -81,7 +81,8 @@ class Slots:
             if not hits:
                 known = sorted({name.rsplit(".", 1)[-1] for name in self.layers})
                 raise BadInput(
-                    f"lora_target_modules: '{target}' matches no linear layer of the base; it has {', '.join(known)}"
+                    f"lora_target_modules: '{target}' matches no linear layer of the base; "
+                    f"it has {', '.join(known)}"
                 )
             found |= hits
         return [name for name in self.layers if name in found]
@@ -99,13 +100,13 @@ class Slots:
         return self.parameters(slot)
 
     def load(self, slot: int, adapter: Adapter) -> None:
-        """Put a saved adapter in `slot`, without dropout. Raises BadInput if a shape does not fit the base."""
+        """Put a saved adapter in `slot`, without dropout. Raises BadInput if it does not fit the base."""
         factors = {}
         for name, (a, b) in adapter.factors.items():
             layer = self.layers.get(name)
             if layer is None or (layer.in_features, layer.out_features) != (a.shape[1], b.shape[0]):
                 raise BadInput(
-                    f"the adapter's module '{name}' does not fit this base; was it trained on another?"
+                    f"the adapter's module '{name}' does not fit this base; train it on this one"
                 )
             spec = AdapterSpec(a.shape[0], 1.0)
             factors[name] = self._pair(layer, a, b, spec)
@@ -146,7 +147,7 @@ class Slots:
 
     @contextmanager
     def rows(self, segments: Sequence[Segment]) -> Generator[None]:
-        """Within the block, forward passes apply these segments' adapters. Rows of no segment see the base."""
+        """Within the block, forward passes apply these segments' adapters; other rows see the base."""
         self._segments = tuple(segments)
         try:
             yield
@@ -236,7 +237,7 @@ class LoraLinear(nn.Module):
 
 
 def install(model: nn.Module, excluded: Sequence[nn.Module] = ()) -> Slots:
-    """Wrap every linear layer of `model` once, before DeepSpeed hooks it; `excluded` ones stay as they are."""
+    """Wrap every linear layer of `model` once, before DeepSpeed hooks it, but for the `excluded`."""
     slots = Slots(model, excluded)
     for index, (name, layer) in enumerate(slots.layers.items()):
         parent, _, child = name.rpartition(".")

@@ -60,7 +60,7 @@ class Resident:
         self.started = self.started or time.monotonic()
 
     def end_step(self) -> tuple[StepOutcome, float]:
-        """Step the optimizer on reduced gradients. Returns the outcome and the seconds since the last step."""
+        """Step the optimizer on reduced gradients. Returns the outcome and the step's wall seconds."""
         outcome = self.optimizer.step()
         self.step += 1
         self.bad_steps = 0 if outcome.finite else self.bad_steps + 1
@@ -100,7 +100,7 @@ class Resident:
         return per_epoch > 0 and self.step % every == 0
 
 
-def settle(base: Base, ranks: Ranks, spec: JobSpec, slot: int, resume_from: Path | None) -> Resident:
+def settle(base: Base, spec: JobSpec, slot: int, resume_from: Path | None) -> Resident:
     """Read the job's data, fill its slot, and go on from a checkpoint if there is one. No collectives.
 
     Raises BadInput for data or hyper-parameters that cannot be used, CorruptFolder for a torn checkpoint.

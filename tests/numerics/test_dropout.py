@@ -61,7 +61,7 @@ def test_dropout_masks_differ_between_modules_steps_and_samples():
     slots = install(model)
     slots.create(0, AdapterSpec(r=64, lora_alpha=64, lora_dropout=0.5), seed=0)
     seen = set()
-    for index, layer in enumerate(model):
+    for index in range(len(model)):
         for step in (0, 1):
             for sample in (0, 1):
                 key = DropoutKey(0, step, sample, tokens=16)
