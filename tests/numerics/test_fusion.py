@@ -200,7 +200,7 @@ def test_fuse_half_precision_sources_are_kept_in_float32() -> None:
 
 
 def test_fuse_number_of_threads_changes_no_bit() -> None:
-    shapes = {"model.layers.0.mlp.up_proj": (768, 256)}
+    shapes = {"model.layers.0.mlp.up_proj": (4096, 1024)}
     parts = [random_adapter(seed, r=16, shapes=shapes) for seed in range(3)]
     results, before = [], torch.get_num_threads()
     for threads in (1, 2):

@@ -93,6 +93,7 @@ def test_export_merged_adapter_on_the_tied_output_head_unties_it(base_dir: Path,
     hosted = PeftModel.from_pretrained(load(base_dir), adapter_dir)
     merged = AutoModelForCausalLM.from_pretrained(release)
     assert float((logits(merged) - logits(hosted)).abs().max()) < CLOSE
+    assert not merged.config.tie_word_embeddings
     embedding = load(base_dir).get_input_embeddings().weight
     assert torch.equal(merged.get_input_embeddings().weight, embedding)
     assert not torch.equal(merged.get_output_embeddings().weight, embedding)
