@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from orchestrator.gate import retention_problem
 from orchestrator.recipe_parts import (
+    BoundText,
     Count,
     Gates,
     Model,
@@ -16,7 +17,6 @@ from orchestrator.recipe_parts import (
     Registry,
     Slug,
     Word,
-    bounds_in_one_form,
 )
 
 
@@ -46,13 +46,8 @@ class Parent(Model):
 class FusedEvaluation(Gates):
     """What must hold of the fused adapter; keys are `<task>.<metric>`."""
 
-    retention: dict[str, str] = Field(default_factory=dict)
+    retention: dict[str, BoundText] = Field(default_factory=dict)
     """Share of the parent's score that is kept; parent/fused for a metric where lower is better."""
-
-    @field_validator("retention")
-    @classmethod
-    def _retention_in_one_form(cls, bounds: dict[str, str]) -> dict[str, str]:
-        return bounds_in_one_form(bounds)
 
     def problem(self, allowed: set[str]) -> tuple[tuple[str, str], str] | None:
         """As `Gates.problem`, with the retention."""

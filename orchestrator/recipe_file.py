@@ -81,9 +81,8 @@ def merge(under: Node, over: Node) -> Node:
 def read_yaml(path: Path) -> Node:
     """The tree of one YAML file. Raises BadInput naming file and line."""
     text = _read_text(path)
-    loader = _Loader(text)
     try:
-        root = loader.get_single_node()
+        root = _Loader(text).get_single_node()
         if root is None:
             raise BadInput(f"{path}: the file is empty")
         return _Tree(path).convert(root, root.start_mark.line, 0)

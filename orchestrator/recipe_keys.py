@@ -128,12 +128,22 @@ def _positive(node: Node | None, key: str) -> int:
 
 def refusal(error: ValidationError, node: Node, model: type[BaseModel]) -> BadInput:
     """One sentence for the first thing wrong: an unknown key before anything else, then by line."""
-    problems = error.errors(include_url=False)
-    problems.sort(
-        key=lambda problem: (problem["type"] != "extra_forbidden", node.at(problem["loc"]).place.line)
-    )
+    problems = _innermost(error.errors(include_url=False))
+    problems.sort(key=lambda found: (found["type"] != "extra_forbidden", node.at(found["loc"]).place.line))
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return BadInput(_sentence(problems[0], node, model) + more)
+
+
+def _innermost(problems: list[ErrorDetails]) -> list[ErrorDetails]:
+    """A list with a wrong item is also reported as too short: only the item is worth saying."""
+    locs = [problem["loc"] for problem in problems]
+    return [
+        problem
+        for problem in problems
+        if not any(
+            len(loc) > len(problem["loc"]) and loc[: len(problem["loc"])] == problem["loc"] for loc in locs
+        )
+    ]
 
 
 def _sentence(problem: ErrorDetails, node: Node, model: type[BaseModel]) -> str:
@@ -146,8 +156,7 @@ def _sentence(problem: ErrorDetails, node: Node, model: type[BaseModel]) -> str:
         return f"{place}: key {'.'.join(str(part) for part in loc)!r} is missing"
     if problem["type"] == "value_error":
         return f"{place}: {key + ': ' if key else ''}{problem['ctx']['error']}"  # pyright: ignore[reportTypedDictNotRequiredAccess]
-    message = problem["msg"].replace("Input should", "should", 1)
-    return f"{place}: {key} {message}, found {_short(problem['input'])}"
+    return f"{place}: {key} {_plainly(problem['msg'])}, found {_short(problem['input'])}"
 
 
 def _key_path(node: Node, loc: Sequence[str | int]) -> str:
@@ -162,6 +171,19 @@ def _key_path(node: Node, loc: Sequence[str | int]) -> str:
             break
         node = node.at([part])
     return path
+
+
+def _plainly(message: str) -> str:
+    """Pydantic's words in a recipe's."""
+    for theirs, ours in (
+        ("Input should", "should"),
+        ("String should", "should"),
+        ("valid tuple", "list"),
+        ("valid list", "list"),
+        ("valid dictionary", "block of keys and values"),
+    ):
+        message = message.replace(theirs, ours, 1)
+    return message
 
 
 def _short(value: object) -> str:

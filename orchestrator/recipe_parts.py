@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from orchestrator.gate import gate_problem, parse_bound, unknown_metric
 from workers.types import TaskType
@@ -47,9 +47,9 @@ def _targets(value: object) -> object:
     raise ValueError(f"should be all-linear or a list of module names, found {value!r}")
 
 
-def bounds_in_one_form(bounds: dict[str, str]) -> dict[str, str]:
-    """`>=.80` and `>= 0.8` are one bound. Raises ValueError."""
-    return {key: str(parse_bound(text)) for key, text in bounds.items()}
+def _bound(value: object) -> str:
+    """`>=.80` and `>= 0.8` are one bound."""
+    return str(parse_bound(str(value)))
 
 
 # Bounds stand before the validator: pydantic then checks them on the number, and writes them into the schema.
@@ -70,6 +70,7 @@ Priority = Annotated[
     BeforeValidator(_priority, json_schema_input_type=int | Literal["low", "normal", "high"]),
 ]
 Duration = Annotated[int, Field(gt=0), BeforeValidator(_duration, json_schema_input_type=int | str)]
+BoundText = Annotated[str, BeforeValidator(_bound)]
 Targets = Annotated[Literal["all-linear"] | tuple[Word, ...], BeforeValidator(_targets)]
 
 
@@ -115,15 +116,10 @@ class Dataset(Model):
 class Gates(Model):
     """Conditions shared by a job's evaluation and a fusion's."""
 
-    gates: dict[str, str] = Field(default_factory=dict)
+    gates: dict[str, BoundText] = Field(default_factory=dict)
     """Metric -> bound, like `macro_f1: ">= 0.8"`."""
     champion_margin: dict[str, NotNegative] = Field(default_factory=dict)
     """Metric -> how much worse than the champion it may be."""
-
-    @field_validator("gates")
-    @classmethod
-    def _gates_in_one_form(cls, bounds: dict[str, str]) -> dict[str, str]:
-        return bounds_in_one_form(bounds)
 
     def problem(self, allowed: set[str]) -> tuple[tuple[str, str], str] | None:
         """The first gate or margin on something not in `allowed`: its block and key, and why."""
