@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from workers.adapter import Adapter, read_adapter, write_adapter
 from workers.manifest import CorruptFolder, publish_folder, remove_scratch, verify_folder
+from workers.tensors import save_tensors
 
 KEPT = 2
 OPTIMIZER = "optimizer.safetensors"
@@ -50,7 +51,7 @@ def save(folder: Path, checkpoint: Checkpoint, base_digest: str) -> Path:
     shutil.rmtree(final, ignore_errors=True)
     with publish_folder(final, {"base_digest": base_digest, "step": checkpoint.progress.step}) as scratch:
         write_adapter(checkpoint.adapter, scratch)
-        save_file(checkpoint.optimizer, scratch / OPTIMIZER)
+        save_tensors(checkpoint.optimizer, scratch / OPTIMIZER)
         (scratch / PROGRESS).write_text(json.dumps(asdict(checkpoint.progress)) + "\n")
     _prune(folder)
     return final

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from workers.adapter import Adapter
+from workers.adapter import Adapter, short_names
 from workers.types import AdapterSpec, BadInput
 
 
@@ -127,7 +127,13 @@ class Slots:
         """The adapter in `slot`, as it would be saved."""
         factors = {name: (pair.a.detach(), pair.b.detach()) for name, pair in self._factors[slot].items()}
         return Adapter(
-            factors, spec.r, spec.lora_alpha, spec.use_rslora, spec.lora_dropout, base_model=base_model
+            factors,
+            spec.r,
+            spec.lora_alpha,
+            spec.use_rslora,
+            spec.lora_dropout,
+            base_model=base_model,
+            target_modules=short_names(factors, self.layers),
         )
 
     def free(self, slot: int) -> None:
