@@ -32,7 +32,8 @@ from workers.types import BadInput, BaseSpec, Command, Event, HostFailed, Task
 
 ANSWER_SECONDS = 0.2
 """Longest wait for an actor's answer in one `poll`; a later poll picks up a late one. Usually 2 ms."""
-LAST_WORDS_SECONDS = 2.0
+LAST_WORDS_SECONDS = 1.0
+"""Once a rank has ended: for the others to end, and for the events rank 0 still holds."""
 ROOM_SECONDS = 60.0
 """A gang that got no room by then is given up, so that the queue decides again."""
 OBJECT_STORE_BYTES = 80 * 2**20
@@ -44,6 +45,7 @@ SOCKET_FOLDER_BYTES = 40
 class RayCluster:
     """A Ray of our own on this machine, or (`address`) one that exists.
 
+    Each rank logs to `<home>/logs/hosts/<host>/rank<n>.log`: Ray's own logs go when a Ray of our own ends.
     One's own ends with this process, however that ends. A rank holds one CPU, for its one thread, and a GPU
     if the cluster has any. CPU tasks hold none: on a machine whose CPUs are all held by the ranks of a host,
     a fusion would otherwise wait for the host, and the host's next job for the fusion.
@@ -51,6 +53,7 @@ class RayCluster:
 
     def __init__(self, home: Path, num_cpus: int | None = None, address: str | None = None) -> None:
         """Raises ClusterUnreachable. Call from a thread that lives as long as the cluster is needed."""
+        self._logs = home / "logs" / "hosts"
         self._gangs: dict[str, Gang] = {}
         self._tasks: dict[str, Any] = {}
         self._watch: subprocess.Popen[bytes] | None = None
@@ -73,7 +76,7 @@ class RayCluster:
     def start_host(self, host: str, base: BaseSpec, world_size: int) -> None:
         assert host not in self._gangs, f"host {host} is running already"
         on_gpus = ray.cluster_resources().get("GPU", 0.0) > 0
-        self._gangs[host] = start_gang(base, world_size, on_gpus)
+        self._gangs[host] = start_gang(base, world_size, on_gpus, self._logs / host)
 
     def send(self, host: str, command: Command) -> None:
         """A host that is gone takes no commands: its HostFailed was or will be polled."""
@@ -165,14 +168,14 @@ class Gang:
 
     def failure(self) -> str | None:
         """Why the gang is lost; None while all its ranks serve."""
-        ended, _ = ray.wait(self.runs, num_returns=len(self.runs), timeout=0)
-        if ended:
+        if ray.wait(self.runs, timeout=0)[0]:
+            # The first to end is often one that merely lost its connection to the one that died.
+            ended, _ = ray.wait(self.runs, num_returns=len(self.runs), timeout=LAST_WORDS_SECONDS)
             words = [_ended_words(rank, run) for rank, run in enumerate(self.runs) if run in ended]
-            # Of several, the peers that merely lost their connection come last.
             return sorted(words, key=lambda text: "onnection" in text)[0]
-        if not self._placed() and time.monotonic() - self.started > ROOM_SECONDS:
-            return f"no room for {len(self.ranks)} ranks in the cluster within {ROOM_SECONDS:.0f} s"
-        return None
+        if self._placed() or time.monotonic() - self.started < ROOM_SECONDS or self.group.wait(0):
+            return None
+        return f"no room for {len(self.ranks)} ranks in the cluster within {ROOM_SECONDS:.0f} s"
 
     def alive(self, rank: int) -> bool:
         """False once the rank's process is known to be dead; it may outlive its `serve`."""
@@ -190,7 +193,7 @@ class Gang:
         return len(done) == len(self.endpoints)
 
 
-def start_gang(base: BaseSpec, world_size: int, on_gpus: bool) -> Gang:
+def start_gang(base: BaseSpec, world_size: int, on_gpus: bool, logs: Path) -> Gang:
     """Reserve a bundle for each rank and start it there. Returns at once: Ray places them when it can."""
     resources = {"CPU": 1.0, "GPU": 1.0} if on_gpus else {"CPU": 1.0}
     group = placement_group([resources] * world_size, strategy="PACK")
@@ -199,7 +202,7 @@ def start_gang(base: BaseSpec, world_size: int, on_gpus: bool) -> Gang:
             num_cpus=1,
             num_gpus=int(on_gpus),
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, index),
-        ).remote(_rank_environment(on_gpus))
+        ).remote(_rank_environment(on_gpus), str(logs / f"rank{index}.log"))
         for index in range(world_size)
     ]
     endpoints = [rank.endpoint.remote() for rank in ranks]

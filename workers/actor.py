@@ -6,9 +6,11 @@ were called. Nothing heavy is imported before `serve`: the driver imports this f
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -22,7 +24,12 @@ Endpoint = tuple[str, int]
 class Rank:
     """One rank of a host. A dead one is not restarted: its host is given up as a whole and queued again."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], log_file: str) -> None:
+        path = Path(log_file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        logging.basicConfig(
+            filename=path, force=True, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+        )
         # Before torch and DeepSpeed are imported: both read theirs when they are.
         os.environ.update(environment)
         self.mail = Mail()
