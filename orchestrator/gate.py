@@ -244,6 +244,6 @@ def unknown_metric(key: str, allowed: Iterable[str]) -> str | None:
     names = sorted(allowed)
     if key in names:
         return None
-    near = get_close_matches(key, names, n=1)
+    near = [name for name in names if name.endswith(f".{key}")] or get_close_matches(key, names, n=1)
     hint = f"did you mean {near[0]!r}" if near else f"it has {', '.join(names)}"
     return f"{key!r} is not measured here; {hint}"

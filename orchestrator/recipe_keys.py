@@ -178,6 +178,8 @@ def _plainly(message: str) -> str:
     for theirs, ours in (
         ("Input should", "should"),
         ("String should", "should"),
+        ("Tuple should", "should"),
+        (" after validation", ""),
         ("valid tuple", "list"),
         ("valid list", "list"),
         ("valid dictionary", "block of keys and values"),
