@@ -62,6 +62,7 @@ class Reason(StrEnum):
     DISK_FULL = "disk_full"
     GATE_FAILED = "gate_failed"
     FUSION_REFUSED = "fusion_refused"
+    RELEASE_REFUSED = "release_refused"
     INTERNAL_ERROR = "internal_error"
 
 
@@ -103,6 +104,7 @@ REASONS: dict[Reason, ReasonRow] = {
     Reason.DISK_FULL: ReasonRow(Status.FAILED, 0, "the disk is full"),
     Reason.GATE_FAILED: ReasonRow(Status.FAILED, 0, "it did not pass its gates"),
     Reason.FUSION_REFUSED: ReasonRow(Status.FAILED, 0, "its adapters cannot be fused"),
+    Reason.RELEASE_REFUSED: ReasonRow(Status.FAILED, 0, "its release cannot be written"),
     Reason.INTERNAL_ERROR: ReasonRow(Status.FAILED, 0, "an error inside chorus"),
 }
 

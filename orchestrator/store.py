@@ -113,6 +113,21 @@ class Store:
         with self._engine.connect() as db:
             return tuple(_job_row(row) for row in db.execute(query).mappings())
 
+    def unfinished_jobs(self, run: str | None = None) -> tuple[JobRow, ...]:
+        """The jobs of one run, or all, that have not finished, in the order of submission."""
+        finished = [status.value for status in FINISHED]
+        query = select(tables.jobs).where(tables.jobs.c.status.not_in(finished))
+        if run is not None:
+            query = query.where(tables.jobs.c.run == run)
+        order = (tables.jobs.c.submitted_at, tables.jobs.c.position)
+        with self._engine.connect() as db:
+            return tuple(_job_row(row) for row in db.execute(query.order_by(*order)).mappings())
+
+    def statuses(self, jobs: set[str]) -> dict[str, Status]:
+        query = select(tables.jobs.c.id, tables.jobs.c.status).where(tables.jobs.c.id.in_(jobs))
+        with self._engine.connect() as db:
+            return {job: Status(status) for job, status in db.execute(query).all()}
+
     def job(self, job: str) -> JobRow:
         """Raises NoSuchJob."""
         with self._engine.connect() as db:

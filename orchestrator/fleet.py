@@ -1,0 +1,95 @@
+"""The hosts this controller has started, and who sits where. Starts and stops them through the cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from orchestrator.contracts import Cluster
+from orchestrator.placement import HostView, NewHost
+from orchestrator.queue import Need
+from workers.types import BaseSpec, HostReady
+
+
+@dataclass
+class Host:
+    """One host from its start to its end."""
+
+    name: str
+    base: str
+    world_size: int
+    slots: int
+    on_gpus: bool
+    ready: HostReady | None = None
+    residents: dict[str, int] = field(default_factory=dict[str, int])
+    """Job in a slot -> its attempt. A cancelled one stays until the host says that it has left."""
+    visitors: set[str] = field(default_factory=set[str])
+
+    def view(self) -> HostView:
+        return HostView(
+            self.name,
+            self.base,
+            self.world_size,
+            self.slots,
+            self.on_gpus,
+            frozenset(self.residents),
+            frozenset(self.visitors),
+        )
+
+    @property
+    def seated(self) -> set[str]:
+        return set(self.residents) | self.visitors
+
+
+class Fleet:
+    """Hosts by name. A job sits on one host at most."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._hosts: dict[str, Host] = {}
+        self._started = 0
+
+    @property
+    def hosts(self) -> tuple[Host, ...]:
+        return tuple(self._hosts.values())
+
+    @property
+    def next_number(self) -> int:
+        return self._started + 1
+
+    def start(self, new: NewHost, spec: BaseSpec, on_gpus: bool) -> None:
+        """Raises BadInput if the cluster can never hold such a host."""
+        self._cluster.start_host(new.name, spec, new.world_size)
+        self._started += 1
+        self._hosts[new.name] = Host(new.name, new.base, new.world_size, new.slots, on_gpus)
+
+    def stop(self, name: str) -> Host:
+        host = self._hosts.pop(name)
+        self._cluster.stop_host(name)
+        return host
+
+    def stop_all(self) -> None:
+        for host in self.hosts:
+            self.stop(host.name)
+
+    # ---- seats -----------------------------------------------------------------------------------------
+
+    def seat(self, job: str, attempt: int, host: str, need: Need) -> None:
+        if need is Need.SLOT:
+            self._hosts[host].residents[job] = attempt
+        else:
+            self._hosts[host].visitors.add(job)
+
+    def host_of(self, job: str) -> Host | None:
+        """Where a job sits; None if nowhere."""
+        return next((host for host in self.hosts if job in host.seated), None)
+
+    def vacate_slot(self, job: str, attempt: int) -> None:
+        """The host says that this attempt has left its slot."""
+        for host in self.hosts:
+            if host.residents.get(job) == attempt:
+                del host.residents[job]
+
+    def vacate(self, job: str) -> None:
+        """The job needs no host now. A slot is given back only by the host itself: `vacate_slot`."""
+        for host in self.hosts:
+            host.visitors.discard(job)

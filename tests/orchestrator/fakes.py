@@ -1,0 +1,254 @@
+"""A `Cluster` in memory that really writes folders: hosts train by counting, all of it inside `poll`."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orchestrator.contracts import Capacity, TaskResult
+from workers.manifest import folder_digest, json_digest, publish_folder, verify_folder
+from workers.types import (
+    Attach,
+    Attached,
+    CheckpointSaved,
+    Detach,
+    Detached,
+    Evaluate,
+    EvaluationDone,
+    EvaluationFailed,
+    EvaluationReport,
+    Event,
+    FuseTask,
+    HostFailed,
+    HostReady,
+    JobSpec,
+    JobStopped,
+    StepDone,
+    TrainingFinished,
+    Validated,
+)
+
+METRICS: dict[str, dict[str, float]] = {
+    "classification": {"macro_f1": 0.9, "accuracy": 0.9, "loss": 0.2},
+    "chat": {"perplexity": 5.0, "loss": 1.6},
+    "recommendation": {"hit_at_1": 0.5, "mrr": 0.6},
+}
+
+
+@dataclass
+class FakeHost:
+    """Commands take effect at the next poll; then each resident does one step."""
+
+    ready: HostReady
+    faults: Faults
+    mail: deque[Any] = field(default_factory=deque)
+    residents: dict[str, tuple[JobSpec, int]] = field(default_factory=dict)
+    polls: int = 0
+
+    def poll(self) -> list[Event]:
+        self.polls += 1
+        if self.polls == 1:
+            return []
+        events: list[Event] = [self.ready] if self.polls == 2 else []
+        while self.mail:
+            events += self.apply(self.mail.popleft())
+        for job in list(self.residents):
+            events += self.step(job)
+        return events
+
+    def apply(self, command: Any) -> list[Event]:
+        if isinstance(command, Attach):
+            return self.attach(command.job)
+        if isinstance(command, Detach):
+            spec, step = self.residents.pop(command.job, (None, 0))
+            return [Detached(command.job, command.attempt, step)] if spec else []
+        assert isinstance(command, Evaluate)
+        return [self.evaluate(command)]
+
+    def attach(self, spec: JobSpec) -> list[Event]:
+        assert len(self.residents) < self.ready.slots, "no free slot"
+        done = max((int(p.name[5:]) for p in Path(spec.checkpoint_dir).glob("step-*")), default=0)
+        steps = spec.training.max_steps or 0
+        attached = Attached(spec.job, spec.attempt, done, steps, 10, 100)
+        if done >= steps:
+            return [attached, TrainingFinished(spec.job, spec.attempt, done, write_adapter(spec))]
+        self.residents[spec.job] = (spec, done)
+        return [attached]
+
+    def step(self, job: str) -> list[Event]:
+        spec, step = self.residents[job]
+        code = self.faults.stops.get((job.rpartition(".")[2], step + 1))
+        if code:
+            del self.residents[job]
+            return [JobStopped(job, spec.attempt, step, code, "it cannot go on")]
+        step += 1
+        self.residents[job] = (spec, step)
+        loss = 1.0 / (step + spec.training.seed)
+        events: list[Event] = [StepDone(job, spec.attempt, step, loss, 0.5, 1e-3, 64, 0.5)]
+        if step % 2 == 0:
+            events += [Validated(job, spec.attempt, step, loss + 0.1), save(spec, step)]
+        if step >= (spec.training.max_steps or 0):
+            del self.residents[job]
+            events.append(TrainingFinished(job, spec.attempt, step, write_adapter(spec)))
+        return events
+
+    def evaluate(self, command: Evaluate) -> Event:
+        if self.faults.evaluation_error:
+            return EvaluationFailed(command.request, self.faults.evaluation_error)
+        task_type = command.evaluation.datasets[0].type
+        scale = 1.0
+        if command.adapter_dir is not None:
+            verify_folder(Path(command.adapter_dir))
+        else:
+            scale = 0.25
+        metrics = {
+            key: value / scale if key in ("loss", "perplexity") else value * scale
+            for key, value in METRICS[task_type].items()
+        }
+        return EvaluationDone(command.request, EvaluationReport(task_type, metrics, 4, ({"row": 0},)), 0.1)
+
+
+@dataclass
+class Faults:
+    """What goes wrong, and when."""
+
+    stops: dict[tuple[str, int], Any] = field(default_factory=dict)
+    """(job name, step) -> stop code instead of that step."""
+    lose_at: set[int] = field(default_factory=set)
+    """Hosts die at these polls, counted over all hosts."""
+    evaluation_error: str = ""
+    task_result: TaskResult | None = None
+    refuse_hosts: Exception | None = None
+
+
+def save(spec: JobSpec, step: int) -> CheckpointSaved:
+    folder = Path(spec.checkpoint_dir) / f"step-{step}"
+    if not folder.exists():
+        with publish_folder(folder) as scratch:
+            (scratch / "state.json").write_text(json.dumps(step))
+    return CheckpointSaved(spec.job, spec.attempt, step, str(folder))
+
+
+def write_adapter(spec: JobSpec) -> str:
+    """A function of the training alone, like the real one: neither of its job nor of its attempt."""
+    folder = Path(spec.checkpoint_dir) / "adapter"
+    if not folder.exists():
+        with publish_folder(folder) as scratch:
+            (scratch / "adapter_config.json").write_text(
+                json.dumps([asdict(spec.adapter), asdict(spec.training)])
+            )
+            (scratch / "adapter_model.safetensors").write_text(
+                json_digest([spec.train[0].type, spec.training.seed])
+            )
+    return str(folder)
+
+
+class FakeCluster:
+    """Implements `Cluster`. `log` has every call that asked for work."""
+
+    def __init__(self, cpus: float = 2.0, faults: Faults | None = None) -> None:
+        self.cpus = cpus
+        self.faults = faults or Faults()
+        self.hosts: dict[str, FakeHost] = {}
+        self.sizes: dict[str, int] = {}
+        self.tasks: dict[str, TaskResult] = {}
+        self.log: list[tuple[str, Any]] = []
+        self.polls = 0
+
+    def capacity(self) -> Capacity:
+        return Capacity(self.cpus - sum(self.sizes.values()), 0)
+
+    def start_host(self, host: str, base: Any, world_size: int) -> None:
+        if self.faults.refuse_hosts:
+            raise self.faults.refuse_hosts
+        assert world_size <= self.capacity().cpus, "more ranks than there is room for"
+        self.log.append(("start_host", host))
+        self.hosts[host] = FakeHost(HostReady(world_size, "3", base.slots, 1000, 0.1), self.faults)
+        self.sizes[host] = world_size
+
+    def send(self, host: str, command: Any) -> None:
+        self.log.append((type(command).__name__, command))
+        if host in self.hosts:
+            assert self.hosts[host].polls > 1, "the host is not ready"
+            self.hosts[host].mail.append(command)
+
+    def poll(self, host: str) -> list[Event]:
+        if host not in self.hosts:
+            return []
+        self.polls += 1
+        if self.polls in self.faults.lose_at:
+            self.stop_host(host)
+            return [HostFailed("rank 1 died")]
+        return self.hosts[host].poll()
+
+    def stop_host(self, host: str) -> None:
+        if self.hosts.pop(host, None):
+            del self.sizes[host]
+
+    def submit_task(self, task_id: str, task: Any) -> None:
+        self.log.append((type(task).__name__, task))
+        self.tasks[task_id] = self.faults.task_result or run_task(task)
+
+    def task_result(self, task_id: str) -> TaskResult | None:
+        return self.tasks[task_id]
+
+    def close(self) -> None:
+        for host in list(self.hosts):
+            self.stop_host(host)
+
+    def asked(self, kind: str) -> list[Any]:
+        return [value for name, value in self.log if name == kind]
+
+
+def run_task(task: Any) -> TaskResult:
+    folder = Path(task.out_dir)
+    if not folder.exists():
+        with publish_folder(folder) as scratch:
+            if isinstance(task, FuseTask):
+                digests = [folder_digest(Path(source)) for source in task.adapter_dirs]
+                (scratch / "adapter_config.json").write_text(json.dumps([digests, task.weights]))
+            else:
+                for name, text in task.extra_files:
+                    (scratch / name).write_text(text)
+    return TaskResult(value={"out_dir": str(folder)})
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing may catch it."""
+
+
+class Mortal:
+    """Passes every call on to `inner`; dies before or after one of them, counted with its siblings."""
+
+    def __init__(self, inner: Any, tick: Callable[[], None]) -> None:
+        self._inner = inner
+        self._tick = tick
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._inner, name)
+        if not callable(value):
+            return value
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            self._tick()
+            result = value(*arguments, **named)
+            self._tick()
+            return result
+
+        return call
+
+
+class Fuse:
+    """Burns down with every tick and then kills."""
+
+    def __init__(self, length: int) -> None:
+        self.left = length
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Killed

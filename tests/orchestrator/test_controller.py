@@ -1,0 +1,405 @@
+"""The controller on a cluster and a registry in memory: whole runs, and what may go wrong in them."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.contracts import RegistryUnreachable, TaskResult
+from orchestrator.controller import Controller
+from orchestrator.job import Reason, Status
+from orchestrator.pipeline import load_pipeline
+from orchestrator.plan import make_plan
+from orchestrator.store import Store
+from orchestrator.store_rows import JobRow
+from orchestrator.submission import new_run
+from tests.contract.memory_registry import MemoryRegistry
+from tests.orchestrator.fakes import FakeCluster, Faults
+from tests.orchestrator.recipe_files import finance, fuse, pipeline, support, write_world, write_yaml
+from workers.types import BadInput
+
+FINANCE, SUPPORT, FUSED = "tiny.finance-sentiment", "tiny.support", "tiny.multitask"
+
+
+@dataclass
+class World:
+    """A home with one store and one registry, in which controllers come and go."""
+
+    folder: Path
+    registry: Any
+    faults: Faults = field(default_factory=Faults)
+    now: float = 1000.0
+    deaths: int = 0
+    cluster: FakeCluster = field(default_factory=FakeCluster)
+
+    def __post_init__(self) -> None:
+        self.store = Store(f"sqlite:///{self.folder}/home/chorus.db", clock=lambda: self.now)
+
+    def submit(self, *jobs: dict[str, Any], digests: dict[str, str] | None = None, **fusion: Any) -> str:
+        recipe = pipeline(*jobs, fuse=fuse(**fusion) if fusion else None)
+        path = write_yaml(self.folder / "pipeline.yaml", recipe)
+        return self.store.submit(new_run(make_plan(load_pipeline(path), digests), digests))
+
+    def controller(self, run: str | None = None, **changes: Any) -> Controller:
+        self.cluster = FakeCluster(faults=self.faults, cpus=changes.pop("cpus", 2.0))
+        parts = {"store": self.store, "cluster": self.cluster, "registry": self.registry, **changes}
+        return Controller(**parts, home=self.folder / "home", run=run, clock=lambda: self.now)
+
+    def run(self, run: str | None = None, most: int = 300, on_tick: Any = None, **changes: Any) -> None:
+        """Until all is done; a second of the clock a tick. A loop that does not end is a failure."""
+        ticks = 0
+
+        def wait(_: float) -> None:
+            nonlocal ticks
+            ticks += 1
+            self.now += 1.0
+            assert ticks < most, self.words()
+
+        self.controller(run, **changes).run(on_tick or (lambda: None), wait)
+
+    def job(self, name: str) -> JobRow:
+        return next(job for job in reversed(self.store.jobs()) if job.name == name)
+
+    def words(self) -> list[tuple[str, Status, Reason, str]]:
+        return [(job.name, job.status, job.reason, job.message) for job in self.store.jobs()]
+
+    def statuses(self) -> dict[str, Status]:
+        return {job.name: job.status for job in self.store.jobs()}
+
+
+@pytest.fixture
+def world(tmp_path):
+    write_world(tmp_path)
+    made = World(tmp_path, MemoryRegistry(tmp_path / "registry"))
+    yield made
+    made.store.close()
+
+
+def fused(**changes: Any) -> dict[str, Any]:
+    return {"release": {"out": "released"}, **changes}
+
+
+def test_pipeline_runs_from_training_to_a_release(world):
+    world.submit(finance(), support(), **fused())
+    world.run()
+    assert set(world.statuses().values()) == {Status.SUCCEEDED}, world.words()
+    names = {version.name: version.aliases for version in world.registry.versions()}
+    assert names == dict.fromkeys((FINANCE, SUPPORT, FUSED), ("candidate", "champion"))
+    assert world.registry.version(FUSED, "champion").tags["fusion.parents"] == f"{FINANCE}/1,{SUPPORT}/1"
+    assert (world.folder / "released" / "README.md").read_text().startswith("---")
+
+
+def test_pipeline_trains_both_jobs_on_one_host_and_scores_the_base_once_a_task(world):
+    world.submit(finance(), support(), **fused())
+    world.run()
+    assert len(world.cluster.asked("start_host")) == 1
+    bases = [command for command in world.cluster.asked("Evaluate") if command.adapter_dir is None]
+    assert len(bases) == 2
+    assert world.cluster.hosts == {}
+
+
+def test_pipeline_curves_reach_the_registry_whole(world):
+    world.submit(finance())
+    world.run()
+    stored = {("loss", row.step): row.loss for row in world.store.metrics(world.job("finance").id)}
+    (run,) = world.registry.runs.values()
+    assert stored == {key: value for key, value in run.points.items() if key[0] == "loss"}
+    assert len(stored) == 5
+    assert ("eval_loss", 4) in run.points
+    assert (run.status, set(run.evaluations)) == ("FINISHED", {"finance-sentiment", "base/finance-sentiment"})
+
+
+def test_run_submitted_again_does_nothing_and_succeeds(world):
+    first = world.submit(finance(), support(), **fused())
+    world.run()
+    before = world.registry.versions()
+    assert world.submit(finance(), support(), **fused()) != first
+    world.run()
+    assert set(world.statuses().values()) == {Status.SUCCEEDED}
+    assert world.cluster.log == []
+    assert world.registry.versions() == before
+
+
+def test_run_with_another_gate_judges_again_and_trains_nothing(world):
+    world.submit(finance())
+    world.run()
+    world.submit(finance(evaluation={"gates": {"macro_f1": ">= 0.5"}}))
+    world.run()
+    assert world.job("finance").status is Status.SUCCEEDED
+    assert world.cluster.log == []
+    assert len(world.registry.versions()) == 1
+
+
+def test_version_below_its_gate_stays_candidate_and_its_children_do_not_run(world):
+    world.submit(finance(evaluation={"gates": {"macro_f1": ">= 0.95"}}), support(), **fused())
+    world.run()
+    job = world.job("finance")
+    assert (job.status, job.reason) == (Status.FAILED, Reason.GATE_FAILED)
+    assert "short by 0.05" in job.message
+    assert world.registry.version(FINANCE, "candidate").aliases == ("candidate",)
+    assert world.registry.version(FINANCE, "1").tags["gate.status"] == "failed"
+    assert (world.job("fused").reason, world.job("fused").message) == (Reason.PARENT_FAILED, job.id)
+    assert world.job("support").status is Status.SUCCEEDED
+
+
+def test_version_not_to_be_promoted_stays_candidate_and_succeeds(world):
+    world.submit(finance(registry={"promote": False}))
+    world.run()
+    assert world.job("finance").status is Status.SUCCEEDED
+    assert world.registry.version(FINANCE, "1").aliases == ("candidate",)
+
+
+def test_second_version_worse_than_the_champion_is_kept_back_by_its_margin(world):
+    world.submit(finance())
+    world.run()
+    champion = world.registry.version(FINANCE, "champion")
+    better = {**champion.metrics, "finance-sentiment/macro_f1": 0.99}
+    world.registry._versions[FINANCE, 1] = replace(champion, metrics=better)
+    world.submit(finance(seed=7, evaluation={"champion_margin": {"macro_f1": 0.01}}))
+    world.run()
+    assert world.job("finance").reason is Reason.GATE_FAILED
+    assert world.registry.version(FINANCE, "champion").version == 1
+
+
+@pytest.mark.parametrize("code", ["diverged", "bad_data", "out_of_memory", "disk_full", "internal_error"])
+def test_job_stopped_by_its_host_fails_with_that_reason_and_leaves_its_neighbour_alone(world, code):
+    world.faults.stops["finance", 3] = code
+    world.submit(finance(), support())
+    world.run()
+    assert world.job("finance").reason is Reason(code)
+    assert world.job("support").status is Status.SUCCEEDED
+    assert {run.name: run.status for run in world.registry.runs.values()} == {
+        "finance": "FAILED",
+        "support": "FINISHED",
+    }
+
+
+def test_lost_host_lets_its_jobs_go_on_from_their_checkpoints(world):
+    world.faults.lose_at = {7}
+    world.submit(finance(max_steps=9), support(max_steps=9))
+    world.run()
+    assert set(world.statuses().values()) == {Status.SUCCEEDED}
+    assert world.job("finance").attempt == 2
+    rows = world.store.metrics(world.job("finance").id)
+    assert [row.step for row in rows] == list(range(1, 10))
+    assert {row.attempt for row in rows} == {1, 2}
+
+
+def test_hosts_that_keep_dying_before_they_get_anywhere_fail_the_job(world):
+    world.faults.lose_at = set(range(1, 100))
+    world.submit(finance())
+    world.run()
+    job = world.job("finance")
+    assert (job.reason, job.attempt) == (Reason.INTERNAL_ERROR, 3)
+    assert "rank 1 died" in job.message
+
+
+def test_evaluation_that_fails_fails_its_job_with_the_words_of_the_host(world):
+    world.faults.evaluation_error = "test.jsonl:3 has no label"
+    world.submit(finance())
+    world.run()
+    assert "test.jsonl:3" in world.job("finance").message
+
+
+def test_cancelled_job_leaves_its_slot_and_its_neighbour_finishes(world):
+    world.submit(finance(max_steps=50), support())
+
+    def cancel() -> None:
+        if world.job("finance").step == 3:
+            world.store.request_cancel(world.job("finance").id, who="ann")
+
+    world.run(on_tick=cancel)
+    job = world.job("finance")
+    assert (job.status, world.store.events(job.id)[-1].who) == (Status.CANCELLED, "ann")
+    assert [command.job for command in world.cluster.asked("Detach")] == [job.id]
+    assert world.job("support").status is Status.SUCCEEDED
+    assert world.store.open_requests() == ()
+
+
+def test_waiting_job_that_is_cancelled_never_starts(world):
+    world.submit(finance())
+    world.store.request_cancel(world.job("finance").id)
+    world.run()
+    assert world.job("finance").status is Status.CANCELLED
+    assert world.cluster.log == []
+
+
+def test_jobs_share_a_single_slot_one_after_the_other(world):
+    write_yaml(world.folder / "bases" / "tiny.yaml", {"model": "tiny", "world_size": 2, "slots": 1})
+    world.submit(finance(), support())
+    world.run()
+    assert set(world.statuses().values()) == {Status.SUCCEEDED}
+    reasons = [event.reason for event in world.store.events(world.job("support").id)]
+    assert Reason.WAITS_FOR_SLOT in reasons
+
+
+def test_job_with_more_ranks_than_the_cluster_fails_after_some_patience(world):
+    world.submit(finance(resources={"world_size": 4}), support())
+    world.run()
+    job = world.job("finance")
+    assert (job.reason, job.message) == (Reason.TOO_LARGE, "it needs 4 ranks")
+    assert job.finished_at - job.submitted_at >= 30
+    assert world.job("support").status is Status.SUCCEEDED
+
+
+def test_host_that_the_cluster_refuses_fails_its_jobs_in_its_words(world):
+    world.faults.refuse_hosts = BadInput("world_size is 2, but without Ray a host is one process")
+    world.submit(finance())
+    world.run()
+    assert "without Ray" in world.job("finance").message
+
+
+def test_fusion_that_is_refused_fails_with_the_words_of_the_task(world):
+    world.faults.task_result = TaskResult(error="the adapters have no module in common", refused=True)
+    world.submit(finance(), support(), **fused())
+    world.run()
+    job = world.job("fused")
+    assert (job.reason, job.message) == (Reason.FUSION_REFUSED, "the adapters have no module in common")
+
+
+def test_task_on_a_full_disk_fails_as_disk_full(world):
+    world.faults.task_result = TaskResult(error="OSError: [Errno 28] No space left on device")
+    world.submit(finance(), support(), **fused())
+    world.run()
+    assert world.job("fused").reason is Reason.DISK_FULL
+
+
+class AwayRegistry:
+    """Answers nothing while `away`; `broken` raises instead of registering."""
+
+    def __init__(self, inner: MemoryRegistry) -> None:
+        self.inner = inner
+        self.away = False
+        self.broken: Exception | None = None
+        self.refused = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if self.away:
+            self.refused += 1
+            raise RegistryUnreachable("the registry does not answer")
+        if self.broken and name == "register":
+            raise self.broken
+        return getattr(self.inner, name)
+
+
+def test_registry_away_lets_training_go_on_and_nothing_is_lost(world):
+    world.registry = AwayRegistry(world.registry)
+    world.registry.away = True
+    world.submit(finance(), support(), **fused())
+    seen: set[Reason] = set()
+
+    def look() -> None:
+        seen.update(job.reason for job in world.store.jobs())
+        world.registry.away = world.now < 1200
+
+    world.run(on_tick=look)
+    assert Reason.REGISTRY_AWAY in seen
+    assert set(world.statuses().values()) == {Status.SUCCEEDED}, world.words()
+    assert world.registry.refused < 30, "a registry that is away is tried again ever more rarely"
+    losses = {
+        run.name: sum(key == "loss" for key, _ in run.points) for run in world.registry.inner.runs.values()
+    }
+    assert losses == {"finance": 5, "support": 5, "fused": 0}
+
+
+def test_full_disk_while_registering_fails_the_job_as_disk_full(world):
+    world.registry = AwayRegistry(world.registry)
+    world.registry.broken = OSError(errno.ENOSPC, "No space left on device")
+    world.submit(finance())
+    world.run()
+    assert world.job("finance").reason is Reason.DISK_FULL
+
+
+def test_error_of_ours_in_one_job_leaves_the_others_alone(world):
+    world.registry = AwayRegistry(world.registry)
+    world.registry.broken = RuntimeError("a bug")
+    world.submit(finance(evaluation={"gates": {"macro_f1": ">= 0.1"}}))
+    world.run()
+    assert (world.job("finance").reason, world.job("finance").message) == (
+        Reason.INTERNAL_ERROR,
+        "RuntimeError: a bug",
+    )
+
+
+def test_adapter_folder_altered_while_nobody_ran_is_trained_again(world):
+    world.submit(finance())
+    controller = world.controller()
+    adapters = world.folder.glob("home/checkpoints/*/adapter/adapter_config.json")
+    while not (written := list(adapters)):
+        controller.tick()
+        adapters = world.folder.glob("home/checkpoints/*/adapter/adapter_config.json")
+    written[0].write_text("altered")
+    world.run()
+    assert world.job("finance").status is Status.SUCCEEDED, world.words()
+    assert len(world.cluster.asked("Attach")) == 1
+    (version,) = world.registry.versions()
+    assert (world.registry.store / version.model_id / "adapter_config.json").read_text() != "altered"
+
+
+def test_equal_training_of_two_runs_is_done_once(world):
+    world.submit(finance())
+    world.submit(finance(name="again", evaluation={"gates": {"macro_f1": ">= 0.5"}}))
+    world.run()
+    assert world.statuses() == {"finance": Status.SUCCEEDED, "again": Status.SUCCEEDED}
+    assert len(world.cluster.asked("Attach")) == 1
+    assert len(world.registry.versions()) == 1
+
+
+def test_equal_training_is_taken_over_when_the_job_that_did_it_is_cancelled(world):
+    world.submit(finance(max_steps=20))
+    world.submit(finance(max_steps=20, name="again", evaluation={"gates": {"macro_f1": ">= 0.5"}}))
+
+    def cancel() -> None:
+        if world.job("finance").step == 4:
+            world.store.request_cancel(world.job("finance").id)
+
+    world.run(on_tick=cancel)
+    assert world.statuses() == {"finance": Status.CANCELLED, "again": Status.SUCCEEDED}
+    assert [command.job.job for command in world.cluster.asked("Attach")] == [
+        world.job("finance").id,
+        world.job("again").id,
+    ]
+
+
+def test_controller_of_one_run_leaves_other_runs_waiting(world):
+    mine = world.submit(finance())
+    world.submit(support())
+    world.run(mine)
+    assert world.statuses() == {"finance": Status.SUCCEEDED, "support": Status.WAITING}
+
+
+def test_registered_adapter_is_fused_by_the_digest_it_was_planned_with(world):
+    world.submit(finance())
+    world.run()
+    write_yaml(world.folder / "finance.yaml", finance())
+    reference = f"{FINANCE}@champion"
+    parents = [{"adapter": reference, "recipe": "finance.yaml"}, {"job": "support"}]
+    digests = {reference: world.registry.version(FINANCE, "champion").digest}
+    world.submit(support(), digests=digests, **fused(adapters=parents))
+    world.run()
+    assert world.job("fused").status is Status.SUCCEEDED, world.words()
+    assert world.registry.version(FUSED, "1").tags["fusion.parents"] == f"{FINANCE}/1,{SUPPORT}/1"
+
+
+def test_registered_adapter_that_moved_since_it_was_planned_is_refused(world):
+    world.submit(finance())
+    world.run()
+    write_yaml(world.folder / "finance.yaml", finance())
+    reference = f"{FINANCE}@champion"
+    parents = [{"adapter": reference, "recipe": "finance.yaml"}, {"job": "support"}]
+    world.submit(support(), digests={reference: "0" * 64}, **fused(adapters=parents))
+    world.run()
+    assert world.job("fused").status is Status.FAILED
+    assert "submit again" in world.job("fused").message
+
+
+def test_job_whose_stored_plan_cannot_be_read_fails_alone(world):
+    run = new_run(make_plan(load_pipeline(write_yaml(world.folder / "p.yaml", pipeline(finance())))))
+    broken = replace(run.jobs[0], plan={"job": {}, "experiment": "x", "adapters": {}}, name="broken")
+    world.store.submit(replace(run, key="9" * 64, jobs=(broken, *run.jobs)))
+    world.run()
+    assert world.statuses() == {"broken": Status.FAILED, "finance": Status.SUCCEEDED}
