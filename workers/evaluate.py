@@ -193,6 +193,8 @@ def _choice_scores(judge: _Judge, choices: Sequence[Choice]) -> list[list[Likeli
 
 
 def _replies(judge: _Judge, dialogues: Sequence[Dialogue], max_new_tokens: int) -> list[str]:
+    if not dialogues:
+        return []
     prompts = [dialogue.prompt for dialogue in dialogues]
     stop_ids = sorted({token for dialogue in dialogues for token in dialogue.stop_ids})
     replies = greedy_replies(

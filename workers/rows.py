@@ -16,6 +16,16 @@ from typing import Any
 from workers.types import BadInput, DatasetSpec
 
 ROLES = ("system", "user", "assistant")
+WORDS: dict[type, str] = {
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
+"""What JSON's values are called."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,7 @@ def _read_row(spec: DatasetSpec, line: str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{where}: is not a JSON object ({error}); write one object a line") from error
     if not isinstance(row, dict):
-        raise BadInput(f"{where}: is a JSON {type(row).__name__}, not an object; write one object a line")
+        raise BadInput(f"{where}: is {WORDS[type(row)]}, not an object; write one object a line")
     {"chat": _check_chat, "classification": _check_classification, "recommendation": _check_recommendation}[
         spec.type
     ](spec, row, where)
@@ -153,7 +163,7 @@ def _check_recommendation(spec: DatasetSpec, row: dict[str, Any], where: str) ->
         if not isinstance(candidate, str) or not candidate.strip():
             raise BadInput(f"{where}: candidate {candidate!r} is not a title; use a non-empty string")
         if candidate.strip() in seen:
-            raise BadInput(f"{where}: candidate '{candidate}' occurs twice; list each once")
+            raise BadInput(f"{where}: candidate '{candidate.strip()}' occurs twice; list each once")
         seen.add(candidate.strip())
     target = _field(row, "target", str, where)
     if target not in candidates:
@@ -169,9 +179,8 @@ def _check_history_item(item: Any, place: str) -> None:
 
 
 def _field(row: dict[str, Any], name: str, kind: type, where: str) -> Any:
-    words = {str: "a string", list: "a list", bool: "true or false"}
     if name not in row:
-        raise BadInput(f"{where}: field '{name}' is missing; add it as {words[kind]}")
+        raise BadInput(f"{where}: field '{name}' is missing; add it as {WORDS[kind]}")
     if not isinstance(row[name], kind):
-        raise BadInput(f"{where}: field '{name}' is a {type(row[name]).__name__}; it must be {words[kind]}")
+        raise BadInput(f"{where}: field '{name}' is {WORDS[type(row[name])]}; it must be {WORDS[kind]}")
     return row[name]

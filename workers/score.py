@@ -2,7 +2,9 @@
 
 Answers to one prompt share it: they stand behind it in one row, each at the positions it would have alone,
 and the attention mask keeps them from seeing one another. That is one pass over the prompt, however many
-answers it has, and one gather of a partitioned base. Shapes: R rows of T tokens; P target positions; V words.
+answers it has, and one gather of a partitioned base.
+
+Shapes: R rows of T tokens; P targets, predicted at U distinct positions; V words.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from workers.rows import Row
 TOKENS_PER_PASS = 4096
 """Padded tokens of one forward pass."""
 LOGITS_PER_PASS = 1 << 27
-"""Entries of [P, V] held at once: 512 MiB in float32."""
+"""Entries of [U, V] held at once: 512 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def row_passage(row: Row, score: int) -> Passage:
 def choice_passages(choice: Choice, first_score: int, share: bool) -> list[Passage]:
     """A prompt with as many of its answers behind it as fit a pass; answer k is score `first_score + k`.
 
-    Without `share` every answer has a row of its own.
+    Without `share` every answer has a row of its own, and no branch.
     """
     parts: list[list[int]] = [[]]
     length = len(choice.prompt)
@@ -96,7 +98,7 @@ def _fork(choice: Choice, part: Sequence[int], first_score: int) -> Passage:
         scores += [first_score + index] * len(answer)
         ids += answer[:-1]
         positions += range(len(prompt), len(prompt) + len(answer) - 1)
-        branches += [branch] * (len(answer) - 1)
+        branches += [branch if len(part) > 1 else 0] * (len(answer) - 1)
     return Passage(tuple(ids), tuple(positions), tuple(branches), tuple(at), tuple(targets), tuple(scores))
 
 
@@ -156,15 +158,19 @@ def _forward(
     at_P = torch.tensor([row * length + i for row, p in enumerate(batch) for i in p.at], device=device)
     targets_P = torch.tensor([target for p in batch for target in p.targets], device=device)
     inputs = {name: value.to(device) for name, value in inputs.items()}
-    logits_PV = target_logits(model, at_P, use_cache=False, **inputs)
-    return _sums([score for p in batch for score in p.scores], logits_PV, targets_P)
+    # All answers of a prompt begin at its end: the head runs once for a position, whatever follows it.
+    at_U, back_P = at_P.unique(return_inverse=True)
+    logits_UV = target_logits(model, at_U, use_cache=False, **inputs)
+    return _sums([score for p in batch for score in p.scores], logits_UV, back_P, targets_P)
 
 
-def _sums(scores: Sequence[int], logits_PV: Tensor, targets_P: Tensor) -> dict[int, Likelihood]:
-    """Per score, the sum of log softmax(logits)[target] over its positions."""
-    logits_PV = logits_PV.to(torch.promote_types(logits_PV.dtype, torch.float32))
-    chosen_P = logits_PV.gather(1, targets_P[:, None])[:, 0] - logits_PV.logsumexp(1)
-    correct_P = logits_PV.argmax(1) == targets_P
+def _sums(
+    scores: Sequence[int], logits_UV: Tensor, back_P: Tensor, targets_P: Tensor
+) -> dict[int, Likelihood]:
+    """Per score, the sum of log softmax(logits)[target]; target p is predicted by row `back_P[p]`."""
+    logits_UV = logits_UV.to(torch.promote_types(logits_UV.dtype, torch.float32))
+    chosen_P = logits_UV[back_P, targets_P] - logits_UV.logsumexp(1)[back_P]
+    correct_P = logits_UV.argmax(1)[back_P] == targets_P
     sums: dict[int, Likelihood] = {}
     for score, chosen, correct in zip(scores, chosen_P.tolist(), correct_P.tolist(), strict=True):
         so_far = sums.get(score, Likelihood(0.0, 0, 0))
