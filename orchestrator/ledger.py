@@ -6,6 +6,7 @@ altered makes its step undone, so that it is done again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,11 @@ class Ledger:
 
 
 def evaluation_result(what: EvaluateWhat, event: EvaluationDone) -> dict[str, Any]:
+    report = _REPORT.dump_python(event.report, mode="json")
+    # JSON has no NaN: a figure that is not finite is stored as a word, which reads back as the figure.
+    metrics = {key: value if math.isfinite(value) else str(value) for key, value in report["metrics"].items()}
     return {
-        "report": _REPORT.dump_python(event.report, mode="json"),
+        "report": report | {"metrics": metrics},
         "dataset": ", ".join(dataset.path for dataset in what.evaluation.datasets),
         "dataset_digest": what.dataset_digest,
         "seconds": event.seconds,

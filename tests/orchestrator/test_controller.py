@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from orchestrator.store import Store
 from orchestrator.store_rows import JobRow
 from orchestrator.submission import new_run
 from tests.contract.memory_registry import MemoryRegistry
-from tests.orchestrator.fakes import FakeCluster, Faults
+from tests.orchestrator.fakes import METRICS, FakeCluster, Faults
 from tests.orchestrator.recipe_files import finance, fuse, pipeline, support, write_world, write_yaml
 from workers.types import BadInput
 
@@ -203,6 +204,14 @@ def test_evaluation_that_fails_fails_its_job_with_the_words_of_the_host(world):
     world.submit(finance())
     world.run()
     assert "test.jsonl:3" in world.job("finance").message
+
+
+def test_score_that_is_not_a_number_fails_its_gate_in_words(world, monkeypatch):
+    monkeypatch.setitem(METRICS, "classification", {"macro_f1": math.nan})
+    world.submit(finance(evaluation={"gates": {"macro_f1": ">= 0.5"}}))
+    world.run()
+    assert world.job("finance").reason is Reason.GATE_FAILED
+    assert "is not a number" in world.job("finance").message
 
 
 def test_cancelled_job_leaves_its_slot_and_its_neighbour_finishes(world):
