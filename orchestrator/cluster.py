@@ -88,10 +88,12 @@ class RayCluster:
         if gang is None:
             return ()
         events = gang.collect(ANSWER_SECONDS)
-        failure = gang.failure()
+        told = [event.message for event in events if isinstance(event, HostFailed)]
+        failure = gang.failure(wait=bool(told)) or next(iter(told), None)
         if failure is None:
             return events
-        events += gang.collect(LAST_WORDS_SECONDS) if gang.alive(0) else []
+        while not told and gang.alive(0) and (more := gang.collect(LAST_WORDS_SECONDS)):
+            events += more
         self.stop_host(host)
         # A rank's own HostFailed is only its view, often just "connection closed by peer".
         return [*(event for event in events if not isinstance(event, HostFailed)), HostFailed(failure)]
@@ -166,9 +168,9 @@ class Gang:
         self.after, self.rounds = polled.last, polled.rounds
         return list(polled.events)
 
-    def failure(self) -> str | None:
-        """Why the gang is lost; None while all its ranks serve."""
-        if ray.wait(self.runs, timeout=0)[0]:
+    def failure(self, wait: bool) -> str | None:
+        """Why the gang is lost; None while all its ranks serve. `wait` a moment if one is about to end."""
+        if ray.wait(self.runs, timeout=LAST_WORDS_SECONDS if wait else 0)[0]:
             # The first to end is often one that merely lost its connection to the one that died.
             ended, _ = ray.wait(self.runs, num_returns=len(self.runs), timeout=LAST_WORDS_SECONDS)
             words = [_ended_words(rank, run) for rank, run in enumerate(self.runs) if run in ended]
