@@ -32,7 +32,7 @@ from orchestrator.submission import NEEDS
 from orchestrator.work import Work
 from workers.types import BadInput
 
-TICK_SECONDS = 0.05
+TICK_SECONDS = 0.1
 TOO_LARGE_PATIENCE = 30.0
 """Seconds a job that needs more ranks than the cluster shows stays queued: a node may be just coming up."""
 
@@ -76,15 +76,14 @@ class Controller:
 
     def recover(self) -> None:
         """Queue again what a controller that was killed left under way. Call once, before the first tick."""
-        for job in self._work.store.unfinished_jobs(self._run):
-            if job.status is not Status.WAITING:
-                self._work.store.switch_status(job.id, Reason.CONTROLLER_RESTARTED)
+        self._requeue(Reason.CONTROLLER_RESTARTED)
 
     def tick(self) -> bool:
         """One round; False when every job has finished and has left its host."""
         work = self._work
         work.refresh(self._run)
         self._cancel_requested()
+        self._stop_overdue()
         for host in work.fleet.hosts:
             hear(work, host)
         self._steps.hear_tasks(self._guard)
@@ -94,9 +93,15 @@ class Controller:
         return bool(work.jobs) or any(host.residents for host in work.fleet.hosts)
 
     def close(self) -> None:
-        """Stop the hosts and export what can still be exported. Jobs under way stay as the store has them."""
+        """Stop the hosts, queue what was under way, and export what can still be exported."""
         self._work.fleet.stop_all()
+        self._requeue(Reason.INTERRUPTED)
         self._curves.close([self._work.order(job) for job in self._work.jobs])
+
+    def _requeue(self, reason: Reason) -> None:
+        for job in self._work.store.unfinished_jobs(self._run):
+            if job.status is not Status.WAITING:
+                self._work.store.switch_status(job.id, reason)
 
     # ---- moving on -------------------------------------------------------------------------------------
 
@@ -107,6 +112,13 @@ class Controller:
             elif not self._work.store.job(request.job).status.finished:
                 continue
             self._work.store.close_request(request.id)
+
+    def _stop_overdue(self) -> None:
+        """A job's time runs from its first placement; its last checkpoint stays."""
+        for job in list(self._work.jobs.values()):
+            most = self._work.order(job.id).job.max_duration
+            if most is not None and job.started_at is not None and self._work.clock() - job.started_at > most:
+                self._work.switch(job.id, Reason.OUT_OF_TIME, f"after step {job.step}")
 
     def _advance(self) -> list[Waiting]:
         waiting: list[Waiting] = []

@@ -52,6 +52,7 @@ class Reason(StrEnum):
     PREEMPTED = "preempted"
     HOST_LOST = "host_lost"
     CONTROLLER_RESTARTED = "controller_restarted"
+    INTERRUPTED = "interrupted"
     REGISTRY_AWAY = "registry_away"
     CANCELLED_BY_USER = "cancelled_by_user"
     PARENT_FAILED = "parent_failed"
@@ -63,6 +64,7 @@ class Reason(StrEnum):
     GATE_FAILED = "gate_failed"
     FUSION_REFUSED = "fusion_refused"
     RELEASE_REFUSED = "release_refused"
+    OUT_OF_TIME = "out_of_time"
     INTERNAL_ERROR = "internal_error"
 
 
@@ -92,6 +94,9 @@ REASONS: dict[Reason, ReasonRow] = {
     Reason.CONTROLLER_RESTARTED: ReasonRow(
         Status.WAITING, MANY, "chorus was restarted; goes on from the last checkpoint"
     ),
+    Reason.INTERRUPTED: ReasonRow(
+        Status.WAITING, MANY, "chorus was stopped; run it again to go on from the last checkpoint"
+    ),
     Reason.REGISTRY_AWAY: ReasonRow(
         Status.WAITING, MANY, "the registry does not answer; will be tried again"
     ),
@@ -105,6 +110,7 @@ REASONS: dict[Reason, ReasonRow] = {
     Reason.GATE_FAILED: ReasonRow(Status.FAILED, 0, "it did not pass its gates"),
     Reason.FUSION_REFUSED: ReasonRow(Status.FAILED, 0, "its adapters cannot be fused"),
     Reason.RELEASE_REFUSED: ReasonRow(Status.FAILED, 0, "its release cannot be written"),
+    Reason.OUT_OF_TIME: ReasonRow(Status.FAILED, 0, "it ran longer than its max_duration"),
     Reason.INTERNAL_ERROR: ReasonRow(Status.FAILED, 0, "an error inside chorus"),
 }
 

@@ -6,12 +6,13 @@ Each may be interrupted anywhere and done again; neither changes a job's status.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from orchestrator.card import card
-from orchestrator.contracts import AdapterVersion, NewVersion, NoSuchVersion, Registry
+from orchestrator.contracts import AdapterVersion, NewVersion, NoSuchVersion, Registry, Scores
 from orchestrator.curve_export import CurveExport, params, run_inputs, tags
 from orchestrator.gate import Finding, Verdict, check
 from orchestrator.ledger import Ledger, flat
@@ -79,9 +80,13 @@ class Registration:
         return card(
             name=what.name,
             base_model=order.job.base.name or order.job.base.path,
-            scores=self.ledger.scores(what.scores),
-            base_scores=self.ledger.scores(what.base_scores),
-            trained_on={context: path for context, (path, _) in run_inputs(order).items()},
+            scores=_portable(self.ledger.scores(what.scores)),
+            base_scores=_portable(self.ledger.scores(what.base_scores)),
+            trained_on={
+                context: _short(path)
+                for context, (path, _) in run_inputs(order).items()
+                if context in ("training", "validation")
+            },
             params=figures,
             digests={key: value for key, value in tags(order).items() if key.endswith(".digest")},
             parents=self._parents(order),
@@ -139,6 +144,16 @@ class Registration:
             parent_scores=flat(self.ledger.scores(what.parent_scores)),
             champion_scores=None if champion is None else _champion_scores(champion),
         )
+
+
+def _portable(scores: Sequence[Scores]) -> tuple[Scores, ...]:
+    """A card is read elsewhere: it names data sets without the folders of this machine."""
+    return tuple(replace(score, dataset=_short(score.dataset)) for score in scores)
+
+
+def _short(paths: str) -> str:
+    """The last two parts of each path."""
+    return ", ".join("/".join(Path(path).parts[-2:]) for path in paths.split(", "))
 
 
 def _champion_scores(champion: AdapterVersion) -> dict[str, float]:

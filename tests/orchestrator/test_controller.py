@@ -229,6 +229,40 @@ def test_cancelled_job_leaves_its_slot_and_its_neighbour_finishes(world):
     assert world.store.open_requests() == ()
 
 
+def test_job_that_outlasts_its_max_duration_is_stopped_and_its_neighbour_finishes(world):
+    world.submit(finance(max_steps=500, schedule={"max_duration": "10s"}), support())
+    world.run()
+    job = world.job("finance")
+    assert job.reason is Reason.OUT_OF_TIME
+    assert 10 < job.finished_at - job.started_at <= 12
+    assert world.job("support").status is Status.SUCCEEDED
+
+
+def test_card_names_data_without_the_folders_of_this_machine(world):
+    world.submit(finance(), support(), **fused())
+    world.run()
+    for version in world.registry.versions():
+        card = world.registry.read_text(version, "README.md")
+        assert "data/finance" in card or "data/support" in card
+        assert str(world.folder) not in card
+
+
+def test_run_that_is_interrupted_leaves_its_jobs_waiting_and_can_go_on(world):
+    world.submit(finance(max_steps=20), support())
+
+    def interrupt() -> None:
+        if world.job("finance").step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        world.run(on_tick=interrupt)
+    job = world.job("finance")
+    assert (job.status, job.reason) == (Status.WAITING, Reason.INTERRUPTED)
+    assert world.cluster.hosts == {}
+    world.run()
+    assert set(world.statuses().values()) == {Status.SUCCEEDED}
+
+
 def test_waiting_job_that_is_cancelled_never_starts(world):
     world.submit(finance())
     world.store.request_cancel(world.job("finance").id)
