@@ -1,0 +1,101 @@
+"""The folder of one chorus: where its files lie, and who may run jobs in it. Standard library only.
+
+Owns the lock that keeps two `chorus run` apart. The kernel drops it however its holder
+ends, so it is never stale.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+PATIENCE = 1.0
+"""Seconds a lock is asked for: a command that only looks at it holds it for a moment."""
+
+
+class HomeBusy(Exception):
+    """Another `chorus run` works in this home."""
+
+
+@dataclass(frozen=True)
+class Home:
+    """Paths below one folder; nothing is made before it is needed."""
+
+    folder: Path
+
+    @property
+    def database(self) -> Path:
+        return self.folder / "chorus.db"
+
+    @property
+    def registry_lock(self) -> Path:
+        """Kept by the one command that moves an alias."""
+        return self.folder / "registry.lock"
+
+    @property
+    def run_lock(self) -> Path:
+        return self.folder / "run.lock"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "logs" / "chorus.log"
+
+    @property
+    def background_log(self) -> Path:
+        """What `chorus run --no-follow` would have printed."""
+        return self.folder / "logs" / "run.log"
+
+    @property
+    def downloads(self) -> Path:
+        return self.folder / "downloads"
+
+    def flag(self) -> str:
+        """How a command is told to use this home; empty for the default one."""
+        return "" if self.folder == Path(".chorus").absolute() else f" --home {self.folder}"
+
+    @contextmanager
+    def claim(self) -> Generator[None]:
+        """Be the one that runs jobs here. Raises HomeBusy naming the other's process."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.run_lock.open("a+") as file:
+            if not _locked(file):
+                file.seek(0)
+                other = file.read().strip() or "unknown"
+                raise HomeBusy(
+                    f"another `chorus run` (process {other}) works in {self.folder}; "
+                    "wait for it, or give this one a --home of its own"
+                )
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def claimed(self) -> bool:
+        """Whether a `chorus run` works here now."""
+        try:
+            with self.run_lock.open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+
+def _locked(file: IO[str]) -> bool:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        else:
+            return True

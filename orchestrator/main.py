@@ -1,0 +1,69 @@
+"""Entry point of `chorus`, and the composition root: it alone knows which parts are the real ones."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING
+
+from orchestrator.cli import app
+from orchestrator.home import Home
+from orchestrator.parts import ClusterChoice, Parts
+
+if TYPE_CHECKING:
+    from orchestrator.contracts import Cluster, Registry
+    from orchestrator.store import Store
+
+# Everything heavy is imported by the function that needs it: `chorus --help` must not wait for torch.
+
+
+def main() -> None:
+    """Run one command of the command line and exit with its code."""
+    app(prog_name="chorus", obj=Parts(store=open_store, registry=open_registry, cluster=open_cluster))
+
+
+@contextmanager
+def open_store(home: Home) -> Generator[Store]:
+    from orchestrator.store import Store
+
+    with closing(Store.open(home.database)) as store:
+        yield store
+
+
+@contextmanager
+def open_registry(home: Home) -> Generator[Registry]:
+    """The registry of a home: its server runs for as long as some command uses it."""
+    from orchestrator import tracking_server
+
+    with tracking_server.start(home.folder) as server:
+        from orchestrator.registry import MlflowRegistry
+
+        yield MlflowRegistry(server.url, lock=home.registry_lock)
+
+
+@contextmanager
+def open_cluster(home: Home, choice: ClusterChoice) -> Generator[Cluster]:
+    with closing(_local() if choice.local else _ray(home, choice)) as cluster:
+        yield cluster
+
+
+def _local() -> Cluster:
+    from orchestrator.local import LocalCluster
+
+    return LocalCluster()
+
+
+def _ray(home: Home, choice: ClusterChoice) -> Cluster:
+    from orchestrator.leftovers import HOME_VARIABLE, await_watchers
+
+    await_watchers(home.folder)
+    os.environ[HOME_VARIABLE] = str(home.folder)
+
+    from orchestrator.cluster import RayCluster
+
+    return RayCluster(home.folder, choice.cpus, choice.address)
+
+
+if __name__ == "__main__":
+    main()
