@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import Tokenizer
+import numpy as np
 from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
-from torchmetrics.functional.retrieval import (
-    retrieval_hit_rate,
-    retrieval_normalized_dcg,
-    retrieval_reciprocal_rank,
+from sklearn.metrics import (
+    accuracy_score,
+    confusion_matrix,
+    f1_score,
+    label_ranking_average_precision_score,
+    ndcg_score,
 )
 
 
-class _Words(Tokenizer):
-    """Words without punctuation, Chinese by the character; rouge-score's own keeps only a-z and 0-9."""
+class _Words:
+    """rouge-score's tokenizer: words without punctuation, Chinese by the character; its own keeps a-z, 0-9."""
 
     def __init__(self) -> None:
         self._split = TokenizerZh()
@@ -30,6 +29,9 @@ class _Words(Tokenizer):
 
 def reply_metrics(replies: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """`rouge_l`: mean ROUGE-L F1, 0 to 1. `chrf`: corpus chrF2, 0 to 100."""
+    # It brings nltk, two seconds that a host without dialogues need not spend.
+    from rouge_score.rouge_scorer import RougeScorer
+
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
     f1 = [scorer.score(ref, reply)["rougeL"].fmeasure for ref, reply in zip(references, replies, strict=True)]
     chrf = CHRF().corpus_score(list(replies), [list(references)]).score
@@ -53,14 +55,15 @@ def confusion(
 
 
 def ranking_metrics(scores: Sequence[Sequence[float]], targets: Sequence[int]) -> dict[str, float]:
-    """Mean over rows of Hit@1, NDCG@5 and reciprocal rank; `targets[i]` is the right index of `scores[i]`."""
+    """Mean over rows of Hit@1, NDCG@5 and reciprocal rank; `targets[i]` is the right index of `scores[i]`.
+
+    With one right answer a row, its average precision is its reciprocal rank.
+    """
     hits, gains, reciprocals = [], [], []
     for row, target in zip(scores, targets, strict=True):
-        preds = torch.tensor(row, dtype=torch.float64)
-        preds = preds - preds.min() + 1  # torchmetrics leaves out what is not positive; the order stays
-        relevant = torch.arange(len(row)) == target
-        hits.append(retrieval_hit_rate(preds, relevant, top_k=1))
-        gains.append(retrieval_normalized_dcg(preds, relevant, top_k=min(5, len(row))))
-        reciprocals.append(retrieval_reciprocal_rank(preds, relevant))
+        preds, relevant = np.array([row]), np.arange(len(row))[None] == target
+        hits.append(float(preds.argmax() == target))
+        gains.append(ndcg_score(relevant, preds, k=5))
+        reciprocals.append(label_ranking_average_precision_score(relevant, preds))
     means = {"hit_at_1": hits, "ndcg_at_5": gains, "mrr": reciprocals}
-    return {name: float(torch.stack(values).double().mean()) for name, values in means.items()}
+    return {name: float(np.mean(values)) for name, values in means.items()}
