@@ -30,6 +30,8 @@ from sqlalchemy import (
 WRITES = "chorus_writes"
 """Execution option of the connections that write: SQLite then takes its lock at the beginning."""
 
+SQLITE_PRAGMAS = ("busy_timeout = 30000", "journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON")
+
 metadata = MetaData()
 
 runs = Table(
@@ -150,7 +152,7 @@ def open_engine(url: str) -> Engine:
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # the driver must not begin transactions of its own: see below
-    for pragma in ("busy_timeout = 30000", "journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+    for pragma in SQLITE_PRAGMAS:
         connection.execute(f"PRAGMA {pragma}")
 
 

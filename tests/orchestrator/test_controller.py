@@ -23,6 +23,8 @@ from tests.orchestrator.fakes import METRICS, FakeCluster, Faults
 from tests.orchestrator.recipe_files import finance, fuse, pipeline, support, write_world, write_yaml
 from workers.types import BadInput
 
+pytestmark = pytest.mark.usefixtures("unsynced")
+
 FINANCE, SUPPORT, FUSED = "tiny.finance-sentiment", "tiny.support", "tiny.multitask"
 
 

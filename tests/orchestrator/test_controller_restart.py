@@ -14,6 +14,8 @@ from tests.orchestrator.fakes import Fuse, Killed, Mortal
 from tests.orchestrator.recipe_files import finance, support, write_world
 from tests.orchestrator.test_controller import World
 
+pytestmark = pytest.mark.usefixtures("unsynced")
+
 
 def make_world(folder: Path) -> World:
     folder.mkdir()

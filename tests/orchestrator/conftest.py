@@ -1,0 +1,13 @@
+"""Fixtures of the controller's tests."""
+
+import pytest
+
+from orchestrator import store_tables
+from workers import manifest
+
+
+@pytest.fixture
+def unsynced(monkeypatch):
+    """Leave out fsync: a simulated kill ends no machine, and waiting for a busy disk takes most of the time."""
+    monkeypatch.setattr(store_tables, "SQLITE_PRAGMAS", ("synchronous = OFF", "foreign_keys = ON"))
+    monkeypatch.setattr(manifest.os, "fsync", lambda descriptor: None)
