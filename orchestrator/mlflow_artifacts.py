@@ -16,6 +16,7 @@ from mlflow.tracking import MlflowClient
 from requests import HTTPError
 
 from orchestrator.contracts import AdapterVersion, NoSuchVersion, RegistryConflict
+from orchestrator.mlflow_client import server_of
 from orchestrator.mlflow_versions import ADAPTER_TAG, MANIFEST_TAG
 from workers.manifest import (
     MANIFEST,
@@ -72,7 +73,7 @@ def read_text(client: MlflowClient, version: AdapterVersion, path: str) -> str:
     """One text file of a version, verified like the rest. Raises NoSuchVersion if it holds no such file."""
     with tempfile.TemporaryDirectory() as scratch:
         stored = _fetch(client, version.model_id, "", Path(scratch))
-        if path not in _verified(stored, version)["files"]:
+        if path not in (MANIFEST, *_verified(stored, version)["files"]):
             raise NoSuchVersion(f"{version.name}/{version.version} holds no file {path}")
         return (stored / path).read_text()
 
@@ -103,10 +104,9 @@ def _fetch(client: MlflowClient, model_id: str, path: str, to: Path) -> Path:
     By the model's own location: a `models:/` address would be looked up on MLflow's global server.
     """
     location = client.get_logged_model(model_id).artifact_location
-    server: Any = client.tracking_uri  # pyright: ignore[reportUnknownMemberType]
     try:
         found = mlflow.artifacts.download_artifacts(
-            artifact_uri=f"{location}/{path}".rstrip("/"), dst_path=str(to), tracking_uri=server
+            artifact_uri=f"{location}/{path}".rstrip("/"), dst_path=str(to), tracking_uri=server_of(client)
         )
     except HTTPError as error:
         if error.response is None or error.response.status_code != 404:

@@ -34,8 +34,9 @@ from requests import RequestException  # noqa: E402
 
 from orchestrator.contracts import RegistryUnreachable  # noqa: E402
 
-# Its progress notes would break the live table of `chorus run`.
+# Their progress notes would break the live table of `chorus run`; what matters is raised.
 logging.getLogger("mlflow").setLevel(logging.WARNING)
+logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
 MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100
 """Of one `log_batch` request."""
@@ -45,6 +46,11 @@ PAGE = 200
 def connect(url: str) -> MlflowClient:
     """A client of the server at `url`; no request is made yet."""
     return MlflowClient(tracking_uri=url, registry_uri=url)
+
+
+def server_of(client: MlflowClient) -> str:
+    """The address `client` was connected to."""
+    return str(client.tracking_uri)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
 
 
 @contextmanager
@@ -118,7 +124,8 @@ def experiment_id(client: MlflowClient, name: str) -> str:
 
 def _create_experiment(client: MlflowClient, name: str) -> str:
     try:
-        return client.create_experiment(name)
+        # Without the tag MLflow's pages take us for an agent under development and hide the training runs.
+        return client.create_experiment(name, tags={"mlflow.experimentKind": "custom_model_development"})
     except MlflowException as error:
         found = client.get_experiment_by_name(name)
         if found is None or not exists_already(error):

@@ -200,10 +200,10 @@ def _link(client: MlflowClient, version: ModelVersion, new: NewVersion) -> None:
     client.set_logged_model_tags(model_id, {MODEL_VERSIONS_TAG: json.dumps(link)})
     # MLflow refuses the same link twice, so only the absent ones are written.
     run = client.get_run(new.run_id)
-    linked = {model.model_id for model in run.outputs.model_outputs}
+    linked = {model.model_id for model in (run.outputs.model_outputs if run.outputs else [])}
     if model_id not in linked:
         client.log_outputs(new.run_id, [LoggedModelOutput(model_id, step=0)])
-    used = {model.model_id for model in run.inputs.model_inputs}
+    used = {model.model_id for model in (run.inputs.model_inputs if run.inputs else [])}
     parents = [_parent_model(client, parent) for parent in new.parents]
     missing = [LoggedModelInput(parent) for parent in parents if parent not in used]
     if missing:

@@ -7,6 +7,7 @@ second time.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -121,7 +122,7 @@ def report(score: Scores) -> dict[str, Any]:
         "dataset": score.dataset,
         "dataset_sha256": score.dataset_digest,
         "rows": score.report.rows,
-        "metrics": dict(score.report.metrics),
+        "metrics": {key: _json_value(value) for key, value in score.report.metrics.items()},
         "labels": list(score.report.labels),
         "confusion": [list(row) for row in score.report.confusion],
     }
@@ -130,7 +131,12 @@ def report(score: Scores) -> dict[str, Any]:
 def table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Rows in the layout of MLflow's tables (pandas `orient="split"`); a field a row lacks is null."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    return {"columns": columns, "data": [[row.get(column) for column in columns] for row in rows]}
+    return {"columns": columns, "data": [[_json_value(row.get(c)) for c in columns] for row in rows]}
+
+
+def _json_value(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become words."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _mark_table(client: MlflowClient, run_id: str, path: str) -> None:

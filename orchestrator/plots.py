@@ -3,11 +3,12 @@
 Owns their looks. Draws on figures of its own, never through pyplot's global state.
 """
 
-# pyright: reportUnknownMemberType=false
-# matplotlib leaves its keyword arguments untyped.
+# matplotlib leaves its keyword arguments and paths untyped.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,8 @@ def metric_bars(score: Scores, base: Scores | None) -> Figure:
     columns = min(COLUMNS, max(1, len(metrics)))
     rows = -(-max(1, len(metrics)) // columns)
     figure = Figure(figsize=(2.5 * columns + 0.5, 2.5 * rows + 0.7), layout="constrained")
-    figure.suptitle(f"{score.task}: {score.report.rows} rows of {score.dataset}", color=INK, fontsize=11)
+    title = f"{_drawable(score.task, 'task')}: {score.report.rows} rows of {_drawable(score.dataset, 'data')}"
+    figure.suptitle(title, color=INK, fontsize=11)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel, (name, value) in zip(panels, metrics.items(), strict=False):
         _panel(panel, name, value, None if base is None else base.report.metrics.get(name))
@@ -51,11 +53,12 @@ def _panel(panel: Axes, name: str, value: float, base: float | None) -> None:
         [("adapter", value, ACCENT)] if base is None else [("base", base, PALE), ("adapter", value, ACCENT)]
     )
     labels, heights, colours = zip(*bars, strict=True)
-    drawn = panel.bar(labels, heights, color=colours, width=0.6)
-    panel.bar_label(drawn, fmt="%.3g", padding=2, color=INK, fontsize=9)
+    drawable = [height if math.isfinite(height) else 0.0 for height in heights]
+    drawn = panel.bar(labels, drawable, color=colours, width=0.6)
+    panel.bar_label(drawn, [f"{height:.3g}" for height in heights], padding=2, color=INK, fontsize=9)
     panel.set_title(name, color=INK, fontsize=10)
     panel.set_xlim(-0.8, len(bars) - 0.2)
-    if all(0 <= height <= BOUNDED for height in heights):
+    if all(0 <= height <= BOUNDED for height in drawable):
         panel.set_ylim(0, 1.15)
     else:
         panel.margins(y=0.18)
@@ -68,7 +71,8 @@ def confusion_matrix(score: Scores) -> Figure:
     import numpy as np
     from matplotlib.figure import Figure
 
-    labels, counts = score.report.labels, np.array(score.report.confusion)
+    labels = [_drawable(label, f"label {number}") for number, label in enumerate(score.report.labels, 1)]
+    counts = np.array(score.report.confusion)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = max(3.6, 0.95 * len(labels) + 1.8)
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
@@ -77,10 +81,20 @@ def confusion_matrix(score: Scores) -> Figure:
     figure.colorbar(image, ax=axes, label="share of the true label", shrink=0.8)
     axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
     axes.set_yticks(range(len(labels)), labels)
-    axes.set(xlabel="predicted", ylabel="true", title=f"{score.task}: {score.report.rows} rows")
+    axes.set(
+        xlabel="predicted", ylabel="true", title=f"{_drawable(score.task, 'task')}: {score.report.rows} rows"
+    )
     for (row, column), share in np.ndenumerate(shares):
         colour = "white" if share > 0.5 else INK
         text = f"{counts[row, column]}\n{share:.0%}"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
     axes.spines[:].set_visible(False)
     return figure
+
+
+def _drawable(text: str, instead: str) -> str:
+    """`text`, or `instead` where matplotlib's own font lacks a character of it (Chinese labels)."""
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont("DejaVu Sans"))
+    return text if all(font.get_char_index(ord(character)) for character in text) else instead

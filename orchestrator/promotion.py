@@ -8,6 +8,7 @@ was written down.
 from __future__ import annotations
 
 import fcntl
+import json
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ class Move:
     kind: Kind
     source: int
     target: int
+    figures: Mapping[str, float]
+    started_ms: int
 
 
 @contextmanager
@@ -127,14 +130,11 @@ def _record(
         "release.from": str(champion or 0),
         "release.to": str(target.version),
         "release.reason": reason[:MAX_TAG],
+        "release.figures": json.dumps(dict(figures)),
         **{key: target.tags[key] for key in RECORDED_TAGS if key in target.tags},
     }
     title = f"{kind} {target.name} {champion or 0} to {target.version}"
-    run = client.create_run(experiment_id(client, RELEASES), run_name=title, tags=tags)
-    when = int(run.info.start_time or 0)
-    if figures:
-        client.log_batch(run.info.run_id, [Metric(metric_key(k), v, when, 0) for k, v in figures.items()])
-    return _read_move(run)
+    return _read_move(client.create_run(experiment_id(client, RELEASES), run_name=title, tags=tags))
 
 
 def _carry_out(client: MlflowClient, name: str, move: Move) -> AdapterVersion:
@@ -144,6 +144,9 @@ def _carry_out(client: MlflowClient, name: str, move: Move) -> AdapterVersion:
     client.set_registered_model_alias(name, CHAMPION, str(move.target))
     if move.kind == "promote":
         set_tags(client, name, move.target, {GATE_TAG: "passed"})
+    if move.figures:
+        metrics = [Metric(metric_key(k), v, move.started_ms, 0) for k, v in move.figures.items()]
+        client.log_batch(move.run_id, metrics)
     champion = one_version(client, name, CHAMPION)
     if champion.version != move.target:
         raise RegistryConflict(
@@ -156,7 +159,9 @@ def _carry_out(client: MlflowClient, name: str, move: Move) -> AdapterVersion:
 def _read_move(run: Run) -> Move:
     tags = run.data.tags
     kind: Kind = "promote" if tags["release.kind"] == "promote" else "rollback"
-    return Move(str(run.info.run_id), kind, int(tags["release.from"]), int(tags["release.to"]))
+    figures = json.loads(tags["release.figures"])
+    when = int(run.info.start_time or 0)
+    return Move(str(run.info.run_id), kind, int(tags["release.from"]), int(tags["release.to"]), figures, when)
 
 
 def _last_move(client: MlflowClient, name: str) -> tuple[int, int] | None:

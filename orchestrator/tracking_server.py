@@ -22,6 +22,8 @@ from typing import IO
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import psutil
+
 from workers.types import BadInput
 
 STATE = "server.json"
@@ -74,8 +76,8 @@ def start(home: Path, port: int | None = None, seconds: float = 120.0) -> Tracki
         users = (folder / USERS).open("a")
         fcntl.flock(users, fcntl.LOCK_SH)
         try:
-            url = running_url(home)
-            if url:
+            url = _watched_url(folder)
+            if url and _becomes_healthy(url, folder, seconds):
                 return TrackingServer(url, home, folder / LOG, False, users, None)
             url = f"http://127.0.0.1:{_choose_port(folder, port)}"
             watcher = _launch(folder, url)
@@ -88,10 +90,8 @@ def start(home: Path, port: int | None = None, seconds: float = 120.0) -> Tracki
 
 def running_url(home: Path) -> str | None:
     """The address of the server now running for `home`, None if there is none that answers."""
-    recorded = _read_state(home.resolve() / "mlflow")
-    if recorded and recorded.get("pid") and healthy(str(recorded["url"]), seconds=5.0):
-        return str(recorded["url"])
-    return None
+    url = _watched_url(home.resolve() / "mlflow")
+    return url if url and healthy(url, seconds=5.0) else None
 
 
 def healthy(url: str, seconds: float = 2.0) -> bool:
@@ -123,6 +123,28 @@ def _read_state(folder: Path) -> dict[str, object] | None:
         return json.loads((folder / STATE).read_text())
     except (OSError, ValueError):
         return None
+
+
+def _watched_url(folder: Path) -> str | None:
+    """The address recorded by a watcher that still runs; a process id may since belong to something else."""
+    state = _read_state(folder)
+    if not state or not state.get("pid"):
+        return None
+    try:
+        command = psutil.Process(int(str(state["pid"]))).cmdline()
+    except psutil.Error:
+        return None
+    return str(state["url"]) if str(folder) in command else None
+
+
+def _becomes_healthy(url: str, folder: Path, seconds: float) -> bool:
+    """Wait for a server that is being started again; False if its watcher gives up."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and _watched_url(folder) == url:
+        if healthy(url):
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def _choose_port(folder: Path, wanted: int | None) -> int:

@@ -17,12 +17,10 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from orchestrator.tracking_server import STATE, USERS
+from orchestrator.tracking_server import STATE, USERS, healthy
 
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 5.0
-SHORT_LIFE_SECONDS = 10.0
-"""A server that dies sooner than this cannot start at all: starting it again would not help."""
 
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -34,18 +32,20 @@ ENVIRONMENT = {
 
 
 def main(folder: Path, url: str) -> int:
-    """Watch until the last user has gone (0), or until the server cannot be kept alive (its exit status)."""
+    """Watch until the last user has gone (0), or until a server ends that never answered (its exit status).
+
+    Starting such a server again would not help; any other one is started again.
+    """
     signal.signal(signal.SIGTERM, _leave)
+    users = os.open(folder / USERS, os.O_RDWR)
     server = None
     try:
         while True:
-            born = time.monotonic()
             server = _start_server(folder, url)
             _write_state(folder, url, os.getpid())
-            if _nobody_left_or_dead(server, folder):
-                return 0
+            answered = _watch(server, url, users)
             _end(server)
-            if time.monotonic() - born < SHORT_LIFE_SECONDS:
+            if not answered:
                 return server.returncode or 1
     finally:
         if server is not None:
@@ -80,22 +80,28 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def _nobody_left_or_dead(server: subprocess.Popen[bytes], folder: Path) -> bool:
-    """Wait; True when the last user has gone, False when the server has died.
-
-    The exclusive lock is kept to the end of this process: a command that arrives now waits for it, then finds
-    no server and starts its own.
-    """
-    users = os.open(folder / USERS, os.O_RDWR)
+def _watch(server: subprocess.Popen[bytes], url: str, users: int) -> bool:
+    """Wait for the server to die; whether it ever answered. Ends this program when the last user has gone."""
+    answered = False
     while server.poll() is None:
-        try:
-            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(POLL_SECONDS)
-        else:
-            return True
-    os.close(users)
-    return False
+        if _nobody_left(users):
+            sys.exit(0)
+        answered = answered or healthy(url)
+        time.sleep(POLL_SECONDS)
+    return answered
+
+
+def _nobody_left(users: int) -> bool:
+    """Whether no command holds the lock any more.
+
+    Once taken it is kept to the end of this process: a command that arrives now waits for it, then finds no
+    server and starts its own.
+    """
+    try:
+        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""`Registry` in memory, for tests of what uses one; kept honest by the contract test it shares with MLflow."""
+"""`Registry` in memory, for tests of what uses one; kept honest by the contract test it shares."""
 
 import shutil
 from dataclasses import dataclass, field, replace

@@ -99,7 +99,7 @@ def test_register_same_step_twice_returns_first_version(registry, tmp_path, name
 def test_register_damaged_adapter_is_refused_and_absent(registry, tmp_path, name):
     new = new_version(registry, tmp_path, name)
     (new.adapter_dir / "adapter_config.json").write_text("{}")
-    with pytest.raises(CorruptFolder, match="adapter_config.json"):
+    with pytest.raises(CorruptFolder, match=r"adapter_config\.json"):
         registry.register(new)
     assert list(registry.versions(name)) == []
 

@@ -1,0 +1,120 @@
+"""The tracking server's life: started once per home, shared, restarted, and never left behind."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from orchestrator import tracking_server
+from orchestrator.contracts import RegistryUnreachable
+from orchestrator.tracking_server import ServerFailed
+from workers.types import BadInput
+
+SECONDS = 60
+"""Longest any of this may take on a busy machine."""
+
+
+def processes_of(home) -> list[psutil.Process]:
+    """The watcher of `home` and everything below it."""
+    state = json.loads((home / "mlflow" / "server.json").read_text())
+    watcher = psutil.Process(state["pid"])
+    return [watcher, *watcher.children(recursive=True)]
+
+
+def all_end(processes) -> bool:
+    return not psutil.wait_procs(processes, timeout=SECONDS)[1]
+
+
+def answers(url) -> bool:
+    """Whether the server at `url` answers within the time allowed."""
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        if tracking_server.healthy(url):
+            return True
+    return False
+
+
+def other_command(home) -> subprocess.Popen:
+    """Another process that holds the server of `home`; it has it once it has printed its line."""
+    code = (
+        "import sys; from pathlib import Path; from orchestrator import tracking_server\n"
+        "held = tracking_server.start(Path(sys.argv[1])); print(held.url, held.started, flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(home)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_server_whose_command_is_killed_ends_with_it(tmp_path):
+    command = other_command(tmp_path)
+    url, started = command.stdout.readline().split()
+    assert started == "True"
+    processes = processes_of(tmp_path)
+    assert len(processes) > 1
+    command.kill()
+    command.communicate()
+    assert all_end(processes)
+    assert not tracking_server.healthy(url)
+    assert tracking_server.running_url(tmp_path) is None
+
+
+def test_server_is_shared_and_outlives_the_command_that_started_it(tmp_path):
+    first = other_command(tmp_path)
+    url, _ = first.stdout.readline().split()
+    with tracking_server.start(tmp_path) as mine:
+        assert (mine.url, mine.started) == (url, False)
+        processes = processes_of(tmp_path)
+        first.kill()
+        first.communicate()
+        assert tracking_server.healthy(url)
+        assert tracking_server.running_url(tmp_path) == url
+    assert all_end(processes)
+
+
+def test_server_started_again_keeps_port_and_runs(tmp_path):
+    from orchestrator.registry import MlflowRegistry
+
+    with tracking_server.start(tmp_path) as first:
+        run = MlflowRegistry(first.url).start_run("key", "jobs", "job", {}, {})
+        server = processes_of(tmp_path)[1:]
+        for process in server:
+            process.kill()
+        assert all_end(server)
+        assert answers(first.url)
+        assert MlflowRegistry(first.url).start_run("key", "jobs", "job", {}, {}) == run
+    with tracking_server.start(tmp_path) as second:
+        assert (second.url, second.started) == (first.url, True)
+        assert MlflowRegistry(second.url).start_run("key", "jobs", "job", {}, {}) == run
+
+
+def test_server_on_a_port_in_use_is_refused_in_one_sentence(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(BadInput, match=rf"^port {port} is in use; [^\n]*$"):
+            tracking_server.start(tmp_path, port)
+    assert tracking_server.running_url(tmp_path) is None
+
+
+def test_server_with_a_broken_database_says_where_to_look(tmp_path):
+    (tmp_path / "mlflow").mkdir()
+    (tmp_path / "mlflow" / "mlflow.db").write_text("this is no database, and long enough to be read as one")
+    with pytest.raises(ServerFailed, match=r"server\.log"):
+        tracking_server.start(tmp_path)
+
+
+def test_registry_without_a_server_is_unreachable_within_seconds():
+    from orchestrator.registry import MlflowRegistry
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    began = time.monotonic()
+    for call in (lambda r: r.versions(), lambda r: r.start_run("k", "jobs", "job", {}, {})):
+        with pytest.raises(RegistryUnreachable, match=str(port)):
+            call(MlflowRegistry(f"http://127.0.0.1:{port}"))
+    assert time.monotonic() - began < 10
