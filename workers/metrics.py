@@ -18,7 +18,7 @@ from sklearn.metrics import (
 
 
 class _Words:
-    """rouge-score's tokenizer: words without punctuation, Chinese by the character; its own keeps a-z, 0-9."""
+    """Words without punctuation, Chinese by the character; rouge-score's own tokenizer keeps a-z and 0-9."""
 
     def __init__(self) -> None:
         self._split = TokenizerZh()
