@@ -104,9 +104,9 @@ def release(parts: Parts, home: Home, options: ReleaseOptions, console: Console)
         adapter = _downloaded(registry, home, version)
     task = ExportTask(str(adapter), base.path, options.merged, str(options.out.absolute()), files, base.dtype)
     with parts.cluster(home, ClusterChoice(local=True)) as cluster:
-        report = _carry_out(cluster, task)
+        _carry_out(cluster, task)
     kind = "merged model" if options.merged else "adapter"
-    console.print(f"{label}: {kind} in {options.out}, {len(report['files'])} files", soft_wrap=True)
+    console.print(f"{label}: {kind} in {options.out}", soft_wrap=True)
 
 
 def _base_of(parts: Parts, home: Home, version: AdapterVersion, named: str | None) -> BaseSpec:

@@ -105,7 +105,7 @@ def status(parts: Parts, home: Home, reference: str, format: Format) -> int:
     with ExitStack() as stack:
         store = open_store(parts, home, stack)
         jobs = find_jobs(store, reference)
-        if len(jobs) == 1 and reference not in (jobs[0].run, store.run(jobs[0].run).name):
+        if reference in (jobs[0].id, jobs[0].name):
             _one_job(store, jobs[0], format)
         else:
             _one_run(store, jobs, home, format)

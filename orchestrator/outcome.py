@@ -137,4 +137,4 @@ def _versions(job: PlannedJob, done: Mapping[str, StepRow]) -> list[Made]:
 
 def _releases(job: PlannedJob, done: Mapping[str, StepRow]) -> list[Release]:
     results = [done[step.id].result for step in job.steps if step.kind == "release" and step.id in done]
-    return [Release(str(r["out_dir"]), bool(r["merged"]), _registered(job).name) for r in results]
+    return [Release(str(r["out_dir"]), bool(r.get("merged")), _registered(job).name) for r in results]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
 from orchestrator.home import Home
 from orchestrator.outcome import Made, Outcome, Score
@@ -26,7 +27,7 @@ def show_outcome(out: Console, jobs: Sequence[JobRow], found: Outcome, home: Hom
         out.print(_made_line(job, made.get(job.name)), soft_wrap=True)
     if found.scores:
         out.print()
-        out.print(grid(SCORE_COLUMNS, score_rows(found.scores), right=SCORE_COLUMNS[2:]))
+        out.print(score_table(found.scores))
     out.print()
     for release in found.releases:
         kind = "merged model" if release.merged else "adapter"
@@ -35,7 +36,13 @@ def show_outcome(out: Console, jobs: Sequence[JobRow], found: Outcome, home: Hom
         out.print(f"to open MLflow: {_command()} ui{home.flag()}", soft_wrap=True)
 
 
-def score_rows(scores: Sequence[Score]) -> list[tuple[str, ...]]:
+def score_table(scores: Sequence[Score]) -> Table:
+    """A row a metric; without a fusion its two columns are left out."""
+    columns = SCORE_COLUMNS if any(score.fused is not None for score in scores) else SCORE_COLUMNS[:4]
+    return grid(columns, [row[: len(columns)] for row in _score_rows(scores)], right=columns[2:])
+
+
+def _score_rows(scores: Sequence[Score]) -> list[tuple[str, ...]]:
     return [
         (
             score.task,

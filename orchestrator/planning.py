@@ -56,6 +56,21 @@ def forget_lost_releases(store: Store, plan: Plan) -> None:
             store.forget_step(step)
 
 
+def refuse_taken_releases(store: Store, plan: Plan) -> None:
+    """Raises BadInput before hours of training if a release could not be written after them.
+
+    A run that is gone on with may have written its folder just before it was killed: the export looks then.
+    """
+    begun = any(run.key == plan.key and not run.status.finished for run in store.runs())
+    done = store.finished_steps(set(releases(plan)))
+    for step, folder in releases(plan).items():
+        if folder.exists() and step not in done and not begun:
+            raise BadInput(
+                f"fuse.release.out: {folder} exists already and is not of this run; "
+                "move it away or name another folder"
+            )
+
+
 def all_done(store: Store, plan: Plan) -> bool:
     """Whether the last run of this plan has succeeded and nothing of it is to be done again."""
     last = next((run for run in store.runs() if run.key == plan.key), None)

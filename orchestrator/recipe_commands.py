@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -143,8 +144,8 @@ def _tokens(pipeline: LoadedPipeline, job: PlannedJob) -> int | None:
 
 
 def _cells(job: Mapping[str, Any]) -> tuple[str, ...]:
-    todo = [step["words"] for step in job["steps"] if not step["done"]]
-    done = [step["words"] for step in job["steps"] if step["done"]]
+    todo = Counter(step["words"] for step in job["steps"] if not step["done"])
+    done = Counter(step["words"] for step in job["steps"] if step["done"])
     size, tokens = job["adapter_bytes"], job["tokens"]
     return (
         job["name"],
@@ -154,9 +155,13 @@ def _cells(job: Mapping[str, Any]) -> tuple[str, ...]:
         f"about {_count(tokens)}" if tokens else "",
         _count(job["adapter_parameters"]),
         megabytes(size) if size else "",
-        ", ".join(todo) or "nothing",
-        ", ".join(done),
+        _words(todo) or "nothing",
+        _words(done),
     )
+
+
+def _words(steps: Counter[str]) -> str:
+    return ", ".join(f"{words} ({count})" if count > 1 else words for words, count in steps.items())
 
 
 def _count(number: int | None) -> str:

@@ -27,7 +27,14 @@ from orchestrator.parts import ClusterChoice, Parts
 from orchestrator.pipeline import LoadedPipeline, load_pipeline
 from orchestrator.plan import make_plan
 from orchestrator.plan_steps import Plan
-from orchestrator.planning import adapter_digests, all_done, forget_lost_releases, one_rank, releases
+from orchestrator.planning import (
+    adapter_digests,
+    all_done,
+    forget_lost_releases,
+    one_rank,
+    refuse_taken_releases,
+    releases,
+)
 from orchestrator.progress import RunProgress, why
 from orchestrator.store import Store
 from orchestrator.store_rows import JobRow
@@ -64,6 +71,7 @@ def run(parts: Parts, options: RunOptions) -> int:
             last = next(run.id for run in store.runs() if run.key == plan.key)
             out.print(f"nothing to do: every step of {plan.name} is done")
             return _conclude(store, last, options, out)
+        refuse_taken_releases(store, plan)
         run_id = store.submit(new_run(plan, digests))
         jobs = store.jobs(run_id)
         _check_ranks(jobs, options)
@@ -100,7 +108,8 @@ def _check_ranks(jobs: Sequence[JobRow], options: RunOptions) -> None:
 
 def _work(parts: Parts, options: RunOptions, store: Store, run_id: str, out: Console) -> int:
     home = options.home
-    out.print(f"{run_id}: {len(store.jobs(run_id))} jobs, in {home.folder}", soft_wrap=True)
+    jobs = ", ".join(job.name for job in store.jobs(run_id))
+    out.print(f"{run_id}: {jobs}; in {home.folder}", soft_wrap=True)
     try:
         with _log_to(home.log), _terminated_like_interrupted(), ExitStack() as stack:
             out.print("starting the MLflow server and the cluster")
