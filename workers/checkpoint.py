@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -31,6 +32,9 @@ class Progress:
     """Steps done, bad ones included."""
     bad_steps: int
     """Bad ones in a row, up to now."""
+    reports: tuple[dict[str, Any], ...] = ()
+    """Fields of every StepDone since the checkpoint before: told again by whoever resumes from this one, for
+    a listener that was gone may not have heard them."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Checkpoint:
 def save(folder: Path, checkpoint: Checkpoint, base_digest: str) -> Path:
     """Publish `step-<n>` and drop all but the newest two that verify. Returns its path.
 
-    Saving a step that is there already returns it as it is: the same step has the same bytes.
+    A step that is there already is left as it is: the same step has the same weights.
     """
     final = path_of(folder, checkpoint.progress.step)
     if final.exists() and _verifies(final):
@@ -78,7 +82,8 @@ def newest(folder: Path) -> Path | None:
 def load(path: Path) -> Checkpoint:
     """Raises CorruptFolder if a byte differs from the manifest."""
     verify_folder(path)
-    progress = Progress(**json.loads((path / PROGRESS).read_text()))
+    fields = json.loads((path / PROGRESS).read_text())
+    progress = Progress(**{**fields, "reports": tuple(fields["reports"])})
     return Checkpoint(read_adapter(path), load_file(path / OPTIMIZER), progress)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from workers import checkpoint
@@ -38,6 +38,8 @@ class Resident:
     loss: float = 0.0
     """This rank's part of the current step's loss so far."""
     started: float = 0.0
+    reports: list[StepDone] = field(default_factory=list)
+    """Of the steps since the last checkpoint."""
 
     @property
     def finished(self) -> bool:
@@ -67,6 +69,9 @@ class Resident:
         seconds, self.started = time.monotonic() - self.started, time.monotonic()
         return outcome, seconds
 
+    def progress(self) -> checkpoint.Progress:
+        return checkpoint.Progress(self.step, self.bad_steps, tuple(asdict(r) for r in self.reports))
+
     # -- events ----------------------------------------------------------------------------------------
 
     def attached(self) -> Attached:
@@ -75,7 +80,7 @@ class Resident:
         return Attached(spec.job, spec.attempt, self.step, self.num_steps, len(self.rows), trainable)
 
     def report(self, loss: float, outcome: StepOutcome, seconds: float) -> StepDone:
-        return StepDone(
+        report = StepDone(
             self.spec.job,
             self.spec.attempt,
             self.step,
@@ -86,6 +91,8 @@ class Resident:
             seconds,
             skipped=not outcome.finite,
         )
+        self.reports.append(report)
+        return report
 
     def validated(self, loss: float) -> Validated:
         return Validated(self.spec.job, self.spec.attempt, self.step, loss)
@@ -120,4 +127,6 @@ def settle(base: Base, spec: JobSpec, slot: int, resume_from: Path | None) -> Re
         base.slots.overwrite(slot, saved.adapter)
         resident.optimizer.restore(saved.optimizer, saved.progress.step)
         resident.step, resident.bad_steps = saved.progress.step, saved.progress.bad_steps
+        told = [StepDone(**report) for report in saved.progress.reports]
+        resident.reports = [replace(report, attempt=spec.attempt) for report in told]
     return resident

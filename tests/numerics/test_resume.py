@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tests.numerics.jobs import adapters, attach, run, test_base, three_jobs
 from workers import checkpoint
 from workers.host import Host
 from workers.ranks import Ranks
-from workers.types import Attach, Attached, Detach, JobSpec
+from workers.types import Attach, Attached, Detach, JobSpec, StepDone
 
 
 def dropped_out(job: JobSpec) -> JobSpec:
@@ -51,6 +52,21 @@ def test_resume_in_a_new_process_from_the_newest_checkpoint_is_bit_identical(tmp
     events = run(base, {0: attach(*(replace(job, attempt=2) for job in moved))})
     assert any(event.step > 0 for event in events if isinstance(event, Attached))
     assert_same(adapters(events), undisturbed)
+
+
+def test_resume_tells_the_steps_of_its_checkpoint_again(tmp_path):
+    base = test_base(tmp_path)
+    job = three_jobs(tmp_path, steps=14)[0]
+    job = replace(job, training=replace(job.training, saves_per_epoch=1))
+    lost = Host.load(base, Ranks())
+    lost.apply(Attach(job))
+    told = [event for _ in range(30) if lost.residents for event in lost.tick() if isinstance(event, StepDone)]
+    shutil.rmtree(checkpoint.newest(Path(job.checkpoint_dir)))
+    shutil.rmtree(Path(job.checkpoint_dir) / "adapter")
+    events = run(base, {0: attach(replace(job, attempt=2))})
+    again = [event for event in events if isinstance(event, StepDone)]
+    assert [event.step for event in again] == list(range(7, 15))
+    assert [event.loss for event in again] == [event.loss for event in told if event.step >= 7]
 
 
 def test_resume_passes_over_a_torn_checkpoint(tmp_path):
