@@ -64,6 +64,11 @@ def recommendation(task: str = "recommendation", hit: float = 0.5) -> Scores:
     return Scores(task, "histories/test.jsonl", "e" * 64, report)
 
 
+def perplexity(task: str = "support") -> Scores:
+    """The smallest evaluation: one metric, no predictions."""
+    return Scores(task, "support/test.jsonl", "c" * 64, EvaluationReport("chat", {"perplexity": 9.5}, 20, ()))
+
+
 def new_version(
     registry: Registry, folder: Path, name: str, step_id: str = "step-1", seed: int = 0, **changes
 ):
@@ -77,7 +82,7 @@ def new_version(
         "model_type": "lora-adapter",
         "tags": {"base.digest": "b" * 64, "recipe.hash": "a" * 64, "task": "sentiment"},
         "params": {"r": "4", "lora_alpha": "8"},
-        "scores": [recommendation()],
+        "scores": [perplexity()],
         "base_scores": [],
         "recipe_yaml": "task: sentiment\n",
         "card": "# card\n",

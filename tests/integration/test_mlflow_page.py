@@ -12,7 +12,7 @@ from tests.contract.samples import classification, new_version
 
 pytestmark = pytest.mark.browser
 
-SECONDS = 60
+SECONDS = 120
 FLAGS = (
     "--headless=new",
     "--no-sandbox",
