@@ -1,20 +1,24 @@
 """What goes into a tick: which rows of which jobs, in which micro-batches, on which ranks. Pure.
 
-A job's step is cut into *chunks* by the job alone: its rows grouped by padded length and dealt to the
-ranks. A chunk is an atom: it is one segment of one micro-batch on each rank, padded to its own
-length, and a job's chunks run in their own order. So a job's gradient is the same sum in the same order
-whoever its neighbours are; composition decides only when a chunk runs and beside whom.
+A job's step is cut into *chunks* by the job alone: its rows grouped by padded length, groups that are not
+worth a pass of their own joined to the next longer one, and dealt to the ranks. A chunk is an atom: it is one
+segment of one micro-batch on each rank, padded to its own length, and a job's chunks run in their own order.
+So a job's gradient is the same sum in the same order whoever its neighbours are; composition decides only
+when a chunk runs and beside whom.
 
 Every rank computes the same composition, hence the same number of micro-batches of the same shape.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from workers.rows import Row
 
+PASS_TOKENS = 256
+"""A pass of its own gathers the base twice; that costs about as much as so many padded tokens in another."""
 SHORTEST = 16
 """Padded lengths start here: a float32 product with fewer rows may differ in its last bit."""
 
@@ -53,10 +57,11 @@ def cut_step(rows: Sequence[Row], world_size: int, tokens_per_rank: int, longest
     Depends on the job's own rows and the host's shape only. No chunk exceeds `tokens_per_rank` padded tokens
     on a rank, unless a single row does; no row is padded past `longest`, the base's last position.
     """
+    lengths = [max(len(row.input_ids), min(padded_length(len(row.input_ids)), longest)) for row in rows]
+    padded_to = _merged_lengths(Counter(lengths), world_size)
     by_length: dict[int, list[Row]] = {}
-    for row in rows:
-        length = max(len(row.input_ids), min(padded_length(len(row.input_ids)), longest))
-        by_length.setdefault(length, []).append(row)
+    for row, length in zip(rows, lengths, strict=True):
+        by_length.setdefault(padded_to[length], []).append(row)
     chunks = []
     for length, same in sorted(by_length.items(), reverse=True):
         size = world_size * max(1, tokens_per_rank // length)
@@ -64,6 +69,18 @@ def cut_step(rows: Sequence[Row], world_size: int, tokens_per_rank: int, longest
             part = same[start : start + size]
             chunks.append(Chunk(length, tuple(tuple(part[rank::world_size]) for rank in range(world_size))))
     return chunks
+
+
+def _merged_lengths(rows_of: Mapping[int, int], world_size: int) -> dict[int, int]:
+    """Padded length -> the length its rows are padded to: the next longer one, where that is cheaper."""
+    padded_to: dict[int, int] = {}
+    longer = None
+    for length in sorted(rows_of, reverse=True):
+        rows_per_rank = -(-rows_of[length] // world_size)
+        if longer is None or rows_per_rank * (longer - length) > PASS_TOKENS:
+            longer = length
+        padded_to[length] = longer
+    return padded_to
 
 
 @dataclass(frozen=True)
