@@ -65,9 +65,11 @@ def _hear(work: Work, host: Host, event: Event) -> None:
 
 
 def _write_curves(work: Work, events: Sequence[Event]) -> None:
-    """One transaction a job for all its points, then its progress."""
+    """One transaction a job for all its points, then its progress; a job may attach and step in one poll."""
     points: dict[str, list[StepDone | Validated]] = {}
     for event in events:
+        if isinstance(event, Attached) and work.present(event.job, event.attempt):
+            work.store.write_progress(event.job, event.attempt, Progress(event.step, event.num_steps))
         if isinstance(event, StepDone | Validated) and work.present(event.job, event.attempt):
             points.setdefault(event.job, []).append(event)
     for job, found in points.items():
@@ -84,10 +86,8 @@ def _progress(step: StepDone) -> Progress:
 
 def _attached(work: Work, event: Attached) -> None:
     job = work.present(event.job, event.attempt)
-    if job is not None:
-        work.store.write_progress(event.job, event.attempt, Progress(event.step, event.num_steps))
-        if job.status is Status.STARTING:
-            work.switch(event.job, Reason.ATTACHED)
+    if job is not None and job.status is Status.STARTING:
+        work.switch(event.job, Reason.ATTACHED)
 
 
 def _training_finished(work: Work, host: Host, event: TrainingFinished) -> None:

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 def main() -> None:
     """Run one command of the command line and exit with its code."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would break the live table
-    app(prog_name="chorus", obj=Parts(store=open_store, registry=open_registry, cluster=open_cluster))
+    app(prog_name="chorus", obj=real_parts())
+
+
+def real_parts() -> Parts:
+    return Parts(store=open_store, registry=open_registry, cluster=open_cluster)
 
 
 @contextmanager
