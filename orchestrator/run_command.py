@@ -119,6 +119,8 @@ def _work(parts: Parts, options: RunOptions, store: Store, run_id: str, out: Con
             tick = stack.enter_context(watching(RunProgress(store, run_id), out))
             controller.run(on_tick=tick)
     except KeyboardInterrupt:
+        if not store.unfinished_jobs(run_id):
+            return _conclude(store, run_id, options, out)
         out.print(f"stopped; what is done is kept. To go on: {_same_again(options)}", soft_wrap=True)
         return errors.INTERRUPTED
     return _conclude(store, run_id, options, out)
