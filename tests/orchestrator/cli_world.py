@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from typer.testing import CliRunner
 
@@ -70,7 +71,8 @@ class CliWorld:
     def chorus(self, *arguments: Any):
         """Give a command in this home; its result has `exit_code`, `stdout` and `stderr`."""
         home = [] if arguments[0] == "recipe" else ["--home", str(self.home.folder)]
-        return CliRunner().invoke(app, [*map(str, arguments), *home], obj=self.parts())
+        with patch("orchestrator.controller.TICK_SECONDS", 0.001):  # nothing here takes time of its own
+            return CliRunner().invoke(app, [*map(str, arguments), *home], obj=self.parts())
 
     def read(self, *arguments: Any) -> Any:
         """What a read command says as JSON."""
