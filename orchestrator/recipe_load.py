@@ -15,7 +15,8 @@ from orchestrator.base_file import Base, anchor, load_base
 from orchestrator.recipe import Recipe, SplitName
 from orchestrator.recipe_file import Key, Node, Place, merge, read_yaml
 from orchestrator.recipe_keys import refusal, rewrite_aliases
-from orchestrator.rows import Split, check_split, split_file
+from orchestrator.splits import Split, check_split
+from workers.rows import dataset_file
 from workers.types import BadInput
 
 LENGTH_KEYS = ("num_epochs", "max_steps")
@@ -137,11 +138,10 @@ def _check_rows(recipe: Recipe, split: SplitName, node: Node) -> Split:
         raise _bad(node, ["datasets"], f"no data set has the split {split!r}; add one")
     for spec in datasets:
         index = next(i for i, item in enumerate(recipe.datasets) if item.path == spec.path)
-        where: list[Key] = ["datasets", index, "path"]
-        if not Path(spec.path).exists():
-            raise _bad(node, where, f"datasets[{index}].path: no such file or folder: {spec.path}")
-        if not split_file(spec).is_file():
-            raise _bad(node, where, f"datasets[{index}].path: {spec.path} holds no {split}.jsonl")
+        try:
+            dataset_file(spec)
+        except BadInput as error:
+            raise _bad(node, ["datasets", index, "path"], f"datasets[{index}].path: {error}") from error
     return check_split(datasets)
 
 

@@ -5,13 +5,10 @@ The host's own count (`workers.data`) is exact; this one renders messages withou
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from orchestrator.rows import split_file
+from workers.rows import messages, read_rows
 from workers.types import DatasetSpec
 
 SAMPLE = 500
@@ -31,25 +28,8 @@ def tokens_per_row(base: str, datasets: Sequence[DatasetSpec], sequence_len: int
         return None
     counts: list[int] = []
     for dataset in datasets:
-        for messages in islice(_rows(dataset), SAMPLE):
-            encoded = tokenizer.encode_batch(messages, add_special_tokens=False)
+        for row in read_rows(dataset)[:SAMPLE]:
+            words = [message["content"] for message in messages(dataset, row)]
+            encoded = tokenizer.encode_batch(words, add_special_tokens=False)
             counts.append(min(sequence_len, sum(len(one.ids) + FRAME for one in encoded)))
     return sum(counts) / len(counts) if counts else None
-
-
-def _rows(dataset: DatasetSpec) -> Iterator[list[str]]:
-    """The messages of every row that the job would use."""
-    with split_file(dataset).open(encoding="utf-8-sig") as file:
-        for line in islice(file, dataset.max_samples):
-            if line.strip():
-                system = [dataset.instruction] if dataset.instruction else []
-                yield [*system, *_messages(json.loads(line))]
-
-
-def _messages(row: dict[str, Any]) -> list[str]:
-    if "messages" in row:
-        return [message["content"] for message in row["messages"]]
-    if "history" in row:
-        titles = [item if isinstance(item, str) else item["title"] for item in row["history"]]
-        return ["\n".join([row.get("request", ""), *(f"liked: {title}" for title in titles)]), row["target"]]
-    return [row["text"], row["label"]]

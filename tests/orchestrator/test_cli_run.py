@@ -79,7 +79,7 @@ def test_run_with_local_asks_for_hosts_of_one_rank(world):
 
 REFUSALS = {
     "misspelt_key": ({"lora_rr": 8}, "lora_r"),
-    "missing_file": ({"datasets": [{"path": "data/gone", "type": "chat"}]}, "no such file"),
+    "missing_file": ({"datasets": [{"path": "data/gone", "type": "chat"}]}, "no such data file"),
     "sequence_too_long": ({"sequence_len": 1000}, "128"),
     "module_that_matches_nothing": ({"lora_target_modules": ["q_prj"]}, "q_proj"),
     "unknown_metric": ({"evaluation": {"gates": {"macro_f2": ">= 0.5"}}}, "macro_f1"),

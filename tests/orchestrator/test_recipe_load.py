@@ -11,7 +11,6 @@ from safetensors.numpy import load_file, save_file
 
 from orchestrator.pipeline import json_schema
 from orchestrator.recipe_load import load_recipe
-from orchestrator.rows import check_split
 from tests.orchestrator.recipe_files import (
     LABELS,
     finance,
@@ -22,7 +21,6 @@ from tests.orchestrator.recipe_files import (
     write_world,
     write_yaml,
 )
-from workers.rows import read_rows
 from workers.types import BadInput, DatasetSpec, TrainingSpec
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -301,56 +299,6 @@ def test_base_linears_leave_out_embedding_head_and_norm(world: Path) -> None:
     assert base.module_names() == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "v_proj"]
     assert len(base.linears) == 12
     assert base.linears["model.layers.0.mlp.gate_proj"] == (12, 8)
-
-
-# ---- rows: one opinion on both sides of the process boundary --------------------------------------------
-
-ROW = {"history": [{"title": "a", "liked": True}, "z"], "candidates": ["b", "c"], "target": "b"}
-
-
-@pytest.mark.parametrize(
-    ("kind", "text"),
-    [
-        ("classification", '{"text": "x", "label": "neutral"}'),
-        ("classification", '{"text": "", "label": "neutral", "more": 1}'),
-        ("classification", '{"text": "x", "label": "neutral"}\n\n'),
-        ("classification", '{"text": "x", "label": "neutral"}\n\n{"text": "x", "label": "neutral"}'),
-        ("classification", '{"text": "x", "label": "Neutral"}'),
-        ("classification", '{"text": null, "label": "neutral"}'),
-        ("classification", '{"text": "x", "label": 1}'),
-        ("classification", "[]"),
-        ("classification", '\ufeff{"text": "x", "label": "neutral"}'),
-        ("chat", '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}'),
-        ("chat", '{"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]}'),
-        ("chat", '{"messages": [{"role": "assistant", "content": ""}]}'),
-        ("chat", '{"messages": [{"role": "assistant"}]}'),
-        ("chat", '{"messages": "x"}'),
-        ("recommendation", json.dumps(ROW)),
-        ("recommendation", json.dumps({**ROW, "history": []})),
-        ("recommendation", json.dumps({**ROW, "history": [{"title": "a"}], "request": "more"})),
-        ("recommendation", json.dumps({**ROW, "history": [{"title": "a", "liked": 1}]})),
-        ("recommendation", json.dumps({**ROW, "history": [3]})),
-        ("recommendation", json.dumps({**ROW, "request": 3})),
-        ("recommendation", json.dumps({**ROW, "candidates": ["b", "b "]})),
-        ("recommendation", json.dumps({**ROW, "candidates": ["b", ""]})),
-        ("recommendation", json.dumps({**ROW, "target": "e"})),
-    ],
-)
-def test_recipe_rows_are_judged_as_the_host_judges_them(tmp_path: Path, kind: Any, text: str) -> None:
-    (tmp_path / "rows.jsonl").write_text(text)
-    labels = ("negative", "neutral") if kind == "classification" else ()
-    spec = DatasetSpec(str(tmp_path / "rows.jsonl"), kind, "test", labels)
-    assert _outcome(lambda: check_split([spec]).rows) == _outcome(lambda: len(read_rows(spec)))
-
-
-def _outcome(judge: Any) -> Any:
-    try:
-        return judge()
-    except BadInput:
-        return "refused"
-
-
-# ---- schema ---------------------------------------------------------------------------------------------
 
 
 def test_recipe_schema_file_is_fresh() -> None:

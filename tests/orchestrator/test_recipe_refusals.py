@@ -179,13 +179,13 @@ def test_recipe_base_that_is_not_there_is_refused(world: Path, reference: str, w
 def test_recipe_missing_data_is_named(world: Path) -> None:
     datasets = [{**finance()["datasets"][0], "path": "data/finanse"}]
     sentence = refused(world, finance(datasets=datasets), at="data/finanse")
-    assert f"datasets[0].path: no such file or folder: {world / 'data' / 'finanse'}" in sentence
+    assert f"datasets[0].path: {world / 'data' / 'finanse'}: no such data file or folder" in sentence
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_recipe_missing_split_is_named(world: Path, split: str) -> None:
     (world / "data" / "finance" / f"{split}.jsonl").unlink()
-    assert f"holds no {split}.jsonl" in refused(world, finance(), at="data/finance")
+    assert f"split '{split}' has no file {split}.jsonl" in refused(world, finance(), at="data/finance")
 
 
 def test_recipe_without_test_rows_says_which_split_is_wanted(world: Path) -> None:
@@ -224,19 +224,27 @@ RECOMMENDATION = {"history": [{"title": "a", "liked": True}], "candidates": ["b"
     [
         ("classification", {"text": "x"}, "field 'label' is missing"),
         ("classification", {"label": "neutral"}, "field 'text' is missing"),
-        ("classification", {"text": 3, "label": "neutral"}, "field 'text' should be a valid string"),
-        ("classification", {"text": "x", "label": "great"}, "unknown label 'great'; the recipe's labels are"),
-        ("classification", ["x"], "should be an object"),
+        ("classification", {"text": 3, "label": "neutral"}, "field 'text' is a number; it must be a string"),
+        ("classification", {"text": "x", "label": "great"}, "unknown label 'great'; datasets.labels allows"),
+        ("classification", ["x"], "is a list, not an object"),
         ("chat", {"message": []}, "field 'messages' is missing"),
-        ("chat", {"messages": []}, "need an assistant's answer"),
-        ("chat", {"messages": [{"role": "user", "content": "x"}]}, "need an assistant's answer"),
-        ("chat", {"messages": [{"role": "assistant", "content": " "}]}, "no empty one"),
-        ("chat", {"messages": [{"role": "bot", "content": "x"}]}, "field 'messages.0.role' should be"),
-        ("chat", {"messages": [{"role": "user"}]}, "field 'messages.0.content' is missing"),
+        ("chat", {"messages": []}, "messages has no assistant message"),
+        ("chat", {"messages": [{"role": "user", "content": "x"}]}, "messages has no assistant message"),
+        (
+            "chat",
+            {"messages": [{"role": "assistant", "content": " "}]},
+            "assistant's content is empty",
+        ),
+        ("chat", {"messages": [{"role": "bot", "content": "x"}]}, "messages[0]: unknown role 'bot'"),
+        ("chat", {"messages": [{"role": "user"}]}, "messages[0]: field 'content' is missing"),
         ("recommendation", {**RECOMMENDATION, "target": "d"}, "'d' is not among the candidates"),
-        ("recommendation", {**RECOMMENDATION, "candidates": ["b", "b"]}, "a candidate is listed twice"),
-        ("recommendation", {**RECOMMENDATION, "candidates": ["b", " "]}, "field 'candidates.1' is empty"),
-        ("recommendation", {**RECOMMENDATION, "history": [{"liked": True}]}, "field 'history.0"),
+        ("recommendation", {**RECOMMENDATION, "candidates": ["b", "b"]}, "candidate 'b' occurs twice"),
+        ("recommendation", {**RECOMMENDATION, "candidates": ["b", " "]}, "candidate ' ' is not a title"),
+        (
+            "recommendation",
+            {**RECOMMENDATION, "history": [{"liked": True}]},
+            "history[0]: field 'title'",
+        ),
     ],
 )
 def test_recipe_bad_row_names_file_line_and_field(world: Path, kind: str, row: Any, words: str) -> None:
