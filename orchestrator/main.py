@@ -7,13 +7,13 @@ from collections.abc import Generator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
-from orchestrator.cli import app
-from orchestrator.home import Home
-from orchestrator.parts import ClusterChoice, Parts
+from orchestrator.commands.cli import app
+from orchestrator.commands.home import Home
+from orchestrator.commands.parts import ClusterChoice, Parts
 
 if TYPE_CHECKING:
     from orchestrator.contracts import Cluster, Registry
-    from orchestrator.store import Store
+    from orchestrator.store.store import Store
 
 # Everything heavy is imported by the function that needs it: `chorus --help` must not wait for torch.
 
@@ -30,7 +30,7 @@ def real_parts() -> Parts:
 
 @contextmanager
 def open_store(home: Home) -> Generator[Store]:
-    from orchestrator.store import Store
+    from orchestrator.store.store import Store
 
     with closing(Store.open(home.database)) as store:
         yield store
@@ -39,10 +39,10 @@ def open_store(home: Home) -> Generator[Store]:
 @contextmanager
 def open_registry(home: Home) -> Generator[Registry]:
     """The registry of a home: its server runs for as long as some command uses it."""
-    from orchestrator import tracking_server
+    from orchestrator.registry import server as tracking_server
 
     with tracking_server.start(home.folder) as server:
-        from orchestrator.registry import MlflowRegistry
+        from orchestrator.registry.registry import MlflowRegistry
 
         yield MlflowRegistry(server.url, lock=home.registry_lock)
 
@@ -54,18 +54,18 @@ def open_cluster(home: Home, choice: ClusterChoice) -> Generator[Cluster]:
 
 
 def _local() -> Cluster:
-    from orchestrator.local import LocalCluster
+    from orchestrator.cluster.local import LocalCluster
 
     return LocalCluster()
 
 
 def _ray(home: Home, choice: ClusterChoice) -> Cluster:
-    from orchestrator.leftovers import HOME_VARIABLE, await_watchers
+    from orchestrator.commands.leftovers import HOME_VARIABLE, await_watchers
 
     await_watchers(home.folder)
     os.environ[HOME_VARIABLE] = str(home.folder)
 
-    from orchestrator.cluster import RayCluster
+    from orchestrator.cluster.ray_cluster import RayCluster
 
     return RayCluster(home.folder, choice.cpus, choice.address)
 

@@ -105,9 +105,7 @@ class Slots:
         for name, (a, b) in adapter.factors.items():
             layer = self.layers.get(name)
             if layer is None or (layer.in_features, layer.out_features) != (a.shape[1], b.shape[0]):
-                raise BadInput(
-                    f"the adapter's module '{name}' does not fit this base; train it on this one"
-                )
+                raise BadInput(f"the adapter's module '{name}' does not fit this base; train it on this one")
             spec = AdapterSpec(a.shape[0], 1.0)
             factors[name] = self._pair(layer, a, b, spec)
             factors[name].scaling = adapter.scaling(name)

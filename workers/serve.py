@@ -1,7 +1,8 @@
 """The loop of a host: commands in, ticks, events out, the same on every rank. No Ray here.
 
-The Ray actor, `orchestrator.local` and torchrun drive this one loop. It owns the order of a round and nothing
-that happens inside it. Under torchrun, or in one process alone, it trains the jobs named on the command line:
+The Ray actor, the orchestrator's local cluster and torchrun drive this one loop. It owns the order of a round
+and nothing that happens inside it. Under torchrun, or in one process alone, it trains the jobs named on the
+command line:
 
     torchrun --nproc-per-node 2 -m workers.serve base.json job.json [job.json ...]
     python -m workers.serve base.json job.json [job.json ...]

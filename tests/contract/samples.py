@@ -10,9 +10,9 @@ from uuid import uuid4
 import numpy as np
 from safetensors.numpy import save_file
 
-from orchestrator import tracking_server
 from orchestrator.contracts import NewVersion, Registry, Scores
-from orchestrator.tracking_server import TrackingServer
+from orchestrator.registry import server as tracking_server
+from orchestrator.registry.server import TrackingServer
 from workers.manifest import publish_folder
 from workers.types import EvaluationReport
 

@@ -16,7 +16,7 @@ from workers.types import BadInput
 def registry(request, tmp_path):
     if request.param == "memory":
         return MemoryRegistry(tmp_path / "store")
-    from orchestrator.registry import MlflowRegistry
+    from orchestrator.registry.registry import MlflowRegistry
 
     return MlflowRegistry(shared_server().url)
 

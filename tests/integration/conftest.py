@@ -20,7 +20,7 @@ def ray_home(tmp_path_factory):
 @pytest.fixture(scope="session")
 def ray_cluster(ray_home):
     # Here, so that the tests of this folder that need no Ray do not import it.
-    from orchestrator.cluster import RayCluster
+    from orchestrator.cluster.ray_cluster import RayCluster
 
     cluster = RayCluster(ray_home, num_cpus=2)
     yield cluster

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import matplotlib.backends.backend_agg  # noqa: F401 (once before the forks, not in each child)
 
-from orchestrator.registry import MlflowRegistry
+from orchestrator.registry.registry import MlflowRegistry
 from tests.contract.samples import fresh_name, new_version
 
 MOST = 60

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.local import LocalCluster
+from orchestrator.cluster.local import LocalCluster
 from tests.integration.conftest import poll_until, task_end
 from workers.adapter import read_adapter
 from workers.manifest import verify_folder

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from orchestrator import ray_watch
+from orchestrator.cluster import ray_watch
 from tests.integration.conftest import poll_until
 from workers.types import Attach, HostFailed, HostReady, StepDone
 
@@ -66,7 +66,7 @@ def test_cluster_token_is_readable_by_its_owner_alone(ray_cluster):
 DRIVER = """
 import sys
 from pathlib import Path
-from orchestrator.cluster import RayCluster
+from orchestrator.cluster.ray_cluster import RayCluster
 from workers.types import BaseSpec
 cluster = RayCluster(Path(sys.argv[1]), num_cpus=2)
 cluster.start_host("host", BaseSpec(sys.argv[2]), 2)

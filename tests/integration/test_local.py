@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.local import LocalCluster
+from orchestrator.cluster.local import LocalCluster
 from tests.integration.conftest import poll_until
 from workers.types import BadInput, HostFailed
 

@@ -11,7 +11,7 @@ from tests.contract.samples import new_version, shared_server
 
 @pytest.fixture
 def registry():
-    from orchestrator.registry import MlflowRegistry
+    from orchestrator.registry.registry import MlflowRegistry
 
     return MlflowRegistry(shared_server().url)
 

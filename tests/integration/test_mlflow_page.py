@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from orchestrator import tracking_server
 from orchestrator.contracts import MetricPoint
+from orchestrator.registry import server as tracking_server
 from tests.contract.samples import classification, new_version
 
 pytestmark = pytest.mark.browser
@@ -51,7 +51,7 @@ def browser(tmp_path_factory):
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory):
     """A server of its own with three adapters, the fused one and a run's curves: url, names, run id."""
-    from orchestrator.registry import MlflowRegistry
+    from orchestrator.registry.registry import MlflowRegistry
 
     folder = tmp_path_factory.mktemp("page")
     with tracking_server.start(folder) as server:

@@ -10,8 +10,8 @@ import yaml
 from mlflow.tracking import MlflowClient
 
 from orchestrator.contracts import MetricPoint, RegistryConflict
-from orchestrator.mlflow_client import metric_key
-from orchestrator.registry import MlflowRegistry
+from orchestrator.registry.client import metric_key
+from orchestrator.registry.registry import MlflowRegistry
 from tests.contract.samples import classification, fresh_name, new_version, recommendation, shared_server
 
 START = 1_700_000_000_000

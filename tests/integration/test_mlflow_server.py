@@ -9,9 +9,9 @@ import time
 import psutil
 import pytest
 
-from orchestrator import tracking_server
 from orchestrator.contracts import RegistryUnreachable
-from orchestrator.tracking_server import ServerFailed
+from orchestrator.registry import server as tracking_server
+from orchestrator.registry.server import ServerFailed
 from workers.types import BadInput
 
 SECONDS = 120
@@ -32,7 +32,7 @@ def all_end(processes) -> bool:
 def other_command(home) -> subprocess.Popen:
     """Another process that holds the server of `home`; it has it once it has printed its line."""
     code = (
-        "import sys; from pathlib import Path; from orchestrator import tracking_server\n"
+        "import sys; from pathlib import Path; from orchestrator.registry import server as tracking_server\n"
         "held = tracking_server.start(Path(sys.argv[1])); print(held.url, held.started, flush=True); input()"
     )
     command = [sys.executable, "-c", code, str(home)]
@@ -66,7 +66,7 @@ def test_server_is_shared_and_outlives_the_command_that_started_it(tmp_path):
 
 
 def test_server_started_again_keeps_port_and_runs(tmp_path):
-    from orchestrator.registry import MlflowRegistry
+    from orchestrator.registry.registry import MlflowRegistry
 
     with tracking_server.start(tmp_path) as first:
         run = MlflowRegistry(first.url).start_run("key", "jobs", "job", {}, {})
@@ -100,7 +100,7 @@ def test_server_with_a_broken_database_says_where_to_look(tmp_path):
 
 
 def test_registry_without_a_server_is_unreachable_within_seconds():
-    from orchestrator.registry import MlflowRegistry
+    from orchestrator.registry.registry import MlflowRegistry
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -12,9 +12,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from orchestrator import tracking_server
-from orchestrator.cli import app
+from orchestrator.commands.cli import app
 from orchestrator.main import real_parts
+from orchestrator.registry import server as tracking_server
 from tests.models import make_base, write_rows
 from tests.orchestrator.recipe_files import LABELS, fuse, pipeline, write_yaml
 from workers.manifest import verify_folder

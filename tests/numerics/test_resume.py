@@ -60,7 +60,9 @@ def test_resume_tells_the_steps_of_its_checkpoint_again(tmp_path):
     job = replace(job, training=replace(job.training, saves_per_epoch=1))
     lost = Host.load(base, Ranks())
     lost.apply(Attach(job))
-    told = [event for _ in range(30) if lost.residents for event in lost.tick() if isinstance(event, StepDone)]
+    told = [
+        event for _ in range(30) if lost.residents for event in lost.tick() if isinstance(event, StepDone)
+    ]
     shutil.rmtree(checkpoint.newest(Path(job.checkpoint_dir)))
     shutil.rmtree(Path(job.checkpoint_dir) / "adapter")
     events = run(base, {0: attach(replace(job, attempt=2))})

@@ -11,10 +11,10 @@ from unittest.mock import patch
 
 from typer.testing import CliRunner
 
-from orchestrator.cli import app
-from orchestrator.home import Home
-from orchestrator.parts import Parts
-from orchestrator.store import Store
+from orchestrator.commands.cli import app
+from orchestrator.commands.home import Home
+from orchestrator.commands.parts import Parts
+from orchestrator.store.store import Store
 from tests.contract.memory_registry import MemoryRegistry
 from tests.orchestrator.fakes import FakeCluster, Faults
 from tests.orchestrator.recipe_files import finance, fuse, pipeline, support, write_world, write_yaml
@@ -71,7 +71,9 @@ class CliWorld:
     def chorus(self, *arguments: Any):
         """Give a command in this home; its result has `exit_code`, `stdout` and `stderr`."""
         home = [] if arguments[0] == "recipe" else ["--home", str(self.home.folder)]
-        with patch("orchestrator.controller.TICK_SECONDS", 0.001):  # nothing here takes time of its own
+        with patch(
+            "orchestrator.control.controller.TICK_SECONDS", 0.001
+        ):  # nothing here takes time of its own
             return CliRunner().invoke(app, [*map(str, arguments), *home], obj=self.parts())
 
     def read(self, *arguments: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator import store_tables
+from orchestrator.store import tables as store_tables
 from workers import manifest
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import yaml
 
-from orchestrator.tracking_server import ServerFailed
+from orchestrator.registry.server import ServerFailed
 from tests.orchestrator.cli_world import CliWorld, assert_one_sentence
 
 pytestmark = pytest.mark.usefixtures("unsynced")

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from orchestrator.job import Status
-from orchestrator.tracking_server import ServerFailed
+from orchestrator.registry.server import ServerFailed
 from tests.faults import files_limited_to
 from tests.orchestrator.cli_world import CliWorld, assert_one_sentence
 from tests.orchestrator.fakes import FakeCluster
@@ -212,7 +212,7 @@ def test_run_in_the_background_leaves_the_job_to_a_process_of_its_own(world, mon
         def __init__(self, command, **settings):
             started.append((command, settings["start_new_session"], world.home.claimed()))
 
-    monkeypatch.setattr("orchestrator.run_command.subprocess.Popen", Process)
+    monkeypatch.setattr("orchestrator.commands.run.subprocess.Popen", Process)
     result = world.chorus("run", world.one_job(), "--no-follow", "--cpus", "3")
     assert result.exit_code == 0
     ((command, detached, claimed),) = started

@@ -7,7 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from orchestrator.cli import app
+from orchestrator.commands.cli import app
 
 HEAVY = ("torch", "ray", "mlflow", "deepspeed", "transformers", "pydantic", "sqlalchemy", "rich", "yaml")
 IMPORTED_BY_HELP = """

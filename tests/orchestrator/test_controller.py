@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from orchestrator.contracts import RegistryUnreachable, TaskResult
-from orchestrator.controller import Controller
+from orchestrator.control.controller import Controller
+from orchestrator.control.submission import new_run
 from orchestrator.job import Reason, Status
-from orchestrator.pipeline import load_pipeline
-from orchestrator.plan import make_plan
-from orchestrator.store import Store
-from orchestrator.store_rows import JobRow
-from orchestrator.submission import new_run
+from orchestrator.plan.plan import make_plan
+from orchestrator.recipe.pipeline import load_pipeline
+from orchestrator.store.rows import JobRow
+from orchestrator.store.store import Store
 from tests.contract.memory_registry import MemoryRegistry
 from tests.orchestrator.fakes import METRICS, FakeCluster, Faults
 from tests.orchestrator.recipe_files import finance, fuse, pipeline, support, write_world, write_yaml

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from orchestrator.commands.live_table import Lines
+from orchestrator.commands.progress import JobProgress, RunProgress
+from orchestrator.control.submission import new_run
 from orchestrator.job import Reason, Status
-from orchestrator.live_table import Lines
-from orchestrator.pipeline import load_pipeline
-from orchestrator.plan import make_plan
-from orchestrator.progress import JobProgress, RunProgress
-from orchestrator.store import Store
-from orchestrator.store_rows import Progress
-from orchestrator.submission import new_run
+from orchestrator.plan.plan import make_plan
+from orchestrator.recipe.pipeline import load_pipeline
+from orchestrator.store.rows import Progress
+from orchestrator.store.store import Store
 from tests.orchestrator.recipe_files import finance, write_world, write_yaml
 
 pytestmark = pytest.mark.usefixtures("unsynced")

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.pipeline import load_pipeline
-from orchestrator.plan import make_plan, num_steps
-from orchestrator.plan_steps import (
+from orchestrator.plan.plan import make_plan, num_steps
+from orchestrator.plan.steps import (
     EvaluateWhat,
     FuseWhat,
     Plan,
@@ -20,6 +19,7 @@ from orchestrator.plan_steps import (
     RegisterWhat,
     TrainWhat,
 )
+from orchestrator.recipe.pipeline import load_pipeline
 from tests.orchestrator.recipe_files import (
     finance,
     fuse,

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.recipe_load import load_recipe
+from orchestrator.recipe.load import load_recipe
 from tests.orchestrator.recipe_files import LABELS, finance, write_world, write_yaml
 
 FULL: dict[str, Any] = finance(

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from orchestrator.pipeline import json_schema
-from orchestrator.recipe_load import load_recipe
+from orchestrator.recipe.load import load_recipe
+from orchestrator.recipe.pipeline import json_schema
 from tests.orchestrator.recipe_files import (
     LABELS,
     finance,

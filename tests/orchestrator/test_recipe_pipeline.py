@@ -6,7 +6,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from orchestrator.pipeline import json_schema, load_pipeline
+from orchestrator.recipe.pipeline import json_schema, load_pipeline
 from tests.orchestrator.recipe_files import (
     finance,
     fuse,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.recipe_load import load_recipe
+from orchestrator.recipe.load import load_recipe
 from tests.orchestrator.recipe_files import (
     finance,
     line_of,

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.job import FINISHED, IllegalSwitch, Reason, Status, run_status
-from orchestrator.store import NoSuchJob, StaleAttempt, Store
-from orchestrator.store_rows import NewJob, NewRun, Progress
+from orchestrator.store.rows import NewJob, NewRun, Progress
+from orchestrator.store.store import NoSuchJob, StaleAttempt, Store
 from workers.types import StepDone, Validated
 
 KEY = "5" * 64

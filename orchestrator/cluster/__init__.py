@@ -1,0 +1,1 @@
+"""Where hosts and tasks run: on Ray, or in this process."""

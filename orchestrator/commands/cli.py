@@ -1,0 +1,302 @@
+"""The commands of `chorus`: their names, options and help. What they do is in `*_command(s)`, imported late.
+
+Imports nothing but typer and the standard library at the top: `chorus --help` takes as long as this file.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from orchestrator.commands.home import Home
+from orchestrator.commands.output import Format, console, emit
+from orchestrator.commands.parts import ClusterChoice
+
+
+class Commands(TyperGroup):
+    """All commands, and the one place where an exception becomes a sentence and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, Exception) as error:
+            if type(error).__module__.startswith("typer"):
+                raise
+            from orchestrator.commands.errors import explain
+
+            found = explain(error)
+            if found is None:
+                raise
+            code, sentence = found
+            print(f"chorus: {sentence}", file=sys.stderr)
+            raise typer.Exit(code) from None
+
+
+SETTINGS: dict[str, Any] = {
+    "no_args_is_help": True,
+    "add_completion": False,
+    # rich takes 0.1 s to import, and its tracebacks would hide the line that matters.
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
+}
+app = typer.Typer(
+    name="chorus",
+    cls=Commands,
+    help="Train many LoRA jobs at once on one frozen base; register, fuse, gate and release their adapters.",
+    epilog="Exit codes: 0 ok, 1 internal, 2 usage or bad recipe, 3 refused, 4 server unreachable, "
+    "100 failed, 101 not finished, 102 not found, 103 cancelled, 130 Ctrl-C.",
+    **SETTINGS,
+)
+adapters_app = typer.Typer(help="Adapter versions in the registry.", **SETTINGS)
+recipe_app = typer.Typer(help="Recipe files.", **SETTINGS)
+app.add_typer(adapters_app, name="adapters")
+app.add_typer(recipe_app, name="recipe")
+
+HomeFolder = Annotated[
+    Path, typer.Option("--home", envvar="CHORUS_HOME", help="Folder of jobs, checkpoints and MLflow.")
+]
+Output = Annotated[Format, typer.Option("--output", "-o", help="For people or for programs.")]
+RecipeFile = Annotated[Path, typer.Argument(metavar="FILE", help="A recipe or a pipeline.")]
+Reference = Annotated[str, typer.Argument(metavar="NAME@REF", help="NAME@champion, NAME@3 or NAME/3.")]
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="A job's id or name.")]
+JobOrRun = Annotated[str, typer.Argument(metavar="JOB|RUN", help="Id or name of a job or of a run.")]
+DEFAULT_HOME = Path(".chorus")
+
+
+def _home(folder: Path) -> Home:
+    return Home(folder.absolute())
+
+
+def _exit(code: int) -> NoReturn:
+    raise typer.Exit(code)
+
+
+# ---- running --------------------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    ctx: typer.Context,
+    file: RecipeFile,
+    home: HomeFolder = DEFAULT_HOME,
+    local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
+    cpus: Annotated[int | None, typer.Option(min=1, help="CPUs that Ray gives out.")] = None,
+    ray_address: Annotated[str | None, typer.Option(help="A Ray cluster that exists.")] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow/--no-follow", help="Watch, or go to the background.")
+    ] = True,
+) -> None:
+    """Train, judge, register, fuse and release what FILE says; go on with a run that was interrupted."""
+    from orchestrator.commands.run import RunOptions
+    from orchestrator.commands.run import run as body
+
+    choice = ClusterChoice(local, cpus, ray_address)
+    _exit(body(ctx.obj, RunOptions(file, _home(home), choice, follow)))
+
+
+@app.command()
+def plan(
+    ctx: typer.Context, file: RecipeFile, home: HomeFolder = DEFAULT_HOME, output: Output = Format.table
+) -> None:
+    """Show what FILE would do: steps, sizes, tokens, and what is done already."""
+    from orchestrator.commands.recipes import plan as body
+
+    body(ctx.obj, _home(home), file, output)
+
+
+@app.command()
+def ps(
+    ctx: typer.Context,
+    everything: Annotated[
+        bool, typer.Option("--all", "-a", help="Finished jobs of earlier runs too.")
+    ] = False,
+    home: HomeFolder = DEFAULT_HOME,
+    output: Output = Format.table,
+) -> None:
+    """List jobs."""
+    from orchestrator.commands.jobs import ps as body
+
+    body(ctx.obj, _home(home), everything, output)
+
+
+@app.command()
+def status(
+    ctx: typer.Context, reference: JobOrRun, home: HomeFolder = DEFAULT_HOME, output: Output = Format.table
+) -> None:
+    """Show one job or run; exits with 0, 100 (failed), 101 (not finished) or 103 (cancelled)."""
+    from orchestrator.commands.jobs import status as body
+
+    _exit(body(ctx.obj, _home(home), reference, output))
+
+
+@app.command()
+def logs(
+    ctx: typer.Context,
+    job: JobName,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job has finished.")] = False,
+    home: HomeFolder = DEFAULT_HOME,
+    output: Output = Format.table,
+) -> None:
+    """Show what happened to a job, and its steps; exits as `status` does."""
+    from orchestrator.commands.jobs import logs as body
+
+    _exit(body(ctx.obj, _home(home), job, follow, output))
+
+
+@app.command()
+def cancel(ctx: typer.Context, reference: JobOrRun, home: HomeFolder = DEFAULT_HOME) -> None:
+    """Cancel a job, or all jobs of a run."""
+    from orchestrator.commands.jobs import cancel as body
+
+    body(ctx.obj, _home(home), reference, console())
+
+
+# ---- adapters -------------------------------------------------------------------------------------------
+
+
+@adapters_app.command("list")
+def list_adapters(
+    ctx: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="Only versions of this name.")] = None,
+    home: HomeFolder = DEFAULT_HOME,
+    output: Output = Format.table,
+) -> None:
+    """List registered versions."""
+    from orchestrator.commands.adapters import list_adapters as body
+
+    body(ctx.obj, _home(home), name, output)
+
+
+@adapters_app.command()
+def show(
+    ctx: typer.Context, reference: Reference, home: HomeFolder = DEFAULT_HOME, output: Output = Format.table
+) -> None:
+    """Show one version: its scores beside the base's, and what it is bound to."""
+    from orchestrator.commands.adapters import show as body
+
+    body(ctx.obj, _home(home), reference, output)
+
+
+@adapters_app.command()
+def compare(
+    ctx: typer.Context,
+    references: Annotated[list[str], typer.Argument(metavar="NAME@REF...", help="Two versions or more.")],
+    home: HomeFolder = DEFAULT_HOME,
+    output: Output = Format.table,
+) -> None:
+    """Show the scores of several versions side by side."""
+    from orchestrator.commands.adapters import compare as body
+
+    body(ctx.obj, _home(home), references, output)
+
+
+@app.command()
+def promote(
+    ctx: typer.Context,
+    name: Annotated[str, typer.Argument(help="Registered name.")],
+    version: Annotated[str, typer.Argument(help="Its number, or an alias like candidate.")],
+    home: HomeFolder = DEFAULT_HOME,
+) -> None:
+    """Make a version champion if it meets its gates."""
+    from orchestrator.commands.adapters import promote as body
+
+    body(ctx.obj, _home(home), name, version, console())
+
+
+@app.command()
+def rollback(
+    ctx: typer.Context,
+    name: Annotated[str, typer.Argument(help="Registered name.")],
+    home: HomeFolder = DEFAULT_HOME,
+) -> None:
+    """Make the previous champion champion again."""
+    from orchestrator.commands.adapters import rollback as body
+
+    body(ctx.obj, _home(home), name, console())
+
+
+@app.command()
+def fuse(
+    ctx: typer.Context,
+    adapters: Annotated[list[str], typer.Argument(help="Versions (NAME@champion, NAME/3) or PEFT folders.")],
+    out: Annotated[Path, typer.Option(help="A folder that does not exist yet.")],
+    weights: Annotated[str, typer.Option(help="One figure an adapter, like 1,0.5; left out, 1 each.")] = "",
+    rule: Annotated[str, typer.Option(help="cat: the exact sum; svd: the nearest of a given rank.")] = "cat",
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the result; rule svd only.")] = None,
+    home: HomeFolder = DEFAULT_HOME,
+) -> None:
+    """Fuse adapters of one base into one, in a folder."""
+    from orchestrator.commands.export import FuseOptions
+    from orchestrator.commands.export import fuse as body
+
+    options = FuseOptions(tuple(adapters), _weights(weights), rule, rank, out)
+    body(ctx.obj, _home(home), options, console())
+
+
+def _weights(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is not a list of figures like 1,0.5", param_hint="--weights"
+        ) from None
+
+
+@app.command()
+def release(
+    ctx: typer.Context,
+    reference: Reference,
+    out: Annotated[Path, typer.Option(help="A folder that does not exist yet.")],
+    merged: Annotated[bool, typer.Option("--merged", help="A full model instead of the adapter.")] = False,
+    base: Annotated[str | None, typer.Option(help="Base file or model folder, if it was moved.")] = None,
+    home: HomeFolder = DEFAULT_HOME,
+) -> None:
+    """Write a version that passed its gates to a folder, with card and manifest."""
+    from orchestrator.commands.export import ReleaseOptions
+    from orchestrator.commands.export import release as body
+
+    body(ctx.obj, _home(home), ReleaseOptions(reference, out, merged, base), console())
+
+
+# ---- the rest -------------------------------------------------------------------------------------------
+
+
+@app.command()
+def ui(
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Left out: any free one.")] = None,
+    home: HomeFolder = DEFAULT_HOME,
+) -> None:
+    """Serve the MLflow page until Ctrl-C."""
+    from orchestrator.commands.ui import ui as body
+
+    body(_home(home), port, console())
+
+
+@app.command()
+def doctor(home: HomeFolder = DEFAULT_HOME, output: Output = Format.table) -> None:
+    """Say what is missing on this machine; exits with 1 if something needed is."""
+    from orchestrator.commands import doctor as body
+
+    found = body.checks(home.absolute())
+    emit(body.to_json(found), output, lambda out: body.print_checks(out, found))
+    _exit(0 if all(check.ok for check in found) else 1)
+
+
+@recipe_app.command()
+def validate(file: RecipeFile, output: Output = Format.table) -> None:
+    """Check a file: its keys, base, data and gates."""
+    from orchestrator.commands.recipes import validate as body
+
+    body(file, output)
+
+
+@recipe_app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes and pipelines."""
+    from orchestrator.commands.recipes import schema as body
+
+    body()

@@ -1,0 +1,78 @@
+"""From an exception to one sentence and an exit code: the only such table. Imports what raises late."""
+
+from __future__ import annotations
+
+import errno
+
+OK, INTERNAL, USAGE, REFUSED, UNREACHABLE = 0, 1, 2, 3, 4
+FAILED, UNFINISHED, NOT_FOUND, CANCELLED, INTERRUPTED = 100, 101, 102, 103, 130
+
+
+class Refused(Exception):
+    """What was asked for is against a gate or a policy."""
+
+
+class TaskFailed(Exception):
+    """A fusion or an export ended without a result, through no fault of the user."""
+
+
+def explain(error: BaseException) -> tuple[int, str] | None:
+    """Exit code and sentence; None for an error that only a traceback can tell."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted"
+    if isinstance(error, ModuleNotFoundError):
+        return INTERNAL, f"{error.name} is not installed; `chorus doctor` says what is missing"
+    if isinstance(error, OSError) and error.errno != errno.EPIPE:
+        return _explain_os(error)
+    code = next((code for kind, code in _codes() if isinstance(error, kind)), None)
+    if code is not None:
+        return code, _one_line(error)
+    return _explain_sql(error)
+
+
+def _codes() -> tuple[tuple[type[BaseException], int], ...]:
+    from orchestrator.commands.home import HomeBusy
+    from orchestrator.contracts import (
+        ClusterUnreachable,
+        NoSuchVersion,
+        RegistryConflict,
+        RegistryUnreachable,
+    )
+    from orchestrator.registry.server import ServerFailed
+    from orchestrator.store.store import NoSuchJob
+    from workers.manifest import CorruptFolder
+    from workers.types import BadInput
+
+    return (
+        (BadInput, USAGE),
+        (Refused, REFUSED),
+        (RegistryConflict, REFUSED),
+        (HomeBusy, REFUSED),
+        (NoSuchJob, NOT_FOUND),
+        (NoSuchVersion, NOT_FOUND),
+        (RegistryUnreachable, UNREACHABLE),
+        (ServerFailed, UNREACHABLE),
+        (ClusterUnreachable, UNREACHABLE),
+        (CorruptFolder, INTERNAL),
+        (TaskFailed, INTERNAL),
+    )
+
+
+def _explain_os(error: OSError) -> tuple[int, str]:
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return INTERNAL, f"the disk takes no more{where}; free some space and run the same command again"
+    return INTERNAL, f"{error.strerror or error}{where}"
+
+
+def _explain_sql(error: BaseException) -> tuple[int, str] | None:
+    """The database's own words for a full disk, a file that cannot be opened, a server that is away."""
+    from sqlalchemy.exc import OperationalError
+
+    if not isinstance(error, OperationalError):
+        return None
+    return INTERNAL, f"the database of this home cannot be used: {_one_line(error.orig or error)}"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())

@@ -1,0 +1,168 @@
+"""`recipe validate`, `recipe schema` and `plan`: what a file says and would do. They make nothing."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from orchestrator.commands.home import Home
+from orchestrator.commands.output import Format, emit, grid, megabytes
+from orchestrator.commands.parts import Parts
+from orchestrator.commands.planning import adapter_digests
+from orchestrator.commands.token_count import tokens_per_row
+from orchestrator.commands.views import STAGES
+from orchestrator.plan.plan import make_plan
+from orchestrator.plan.steps import Plan, PlannedJob
+from orchestrator.recipe.pipeline import LoadedPipeline, json_schema, load_pipeline
+
+PLAN_COLUMNS = ("job", "kind", "rows", "steps", "tokens", "adapter", "size", "to do", "done already")
+
+
+# ---- recipe ---------------------------------------------------------------------------------------------
+
+
+def validate(file: Path, format: Format) -> None:
+    """Every check a run would make before it starts. Raises BadInput."""
+    pipeline = load_pipeline(file)
+    if not pipeline.external_adapters:
+        make_plan(pipeline)
+    value: dict[str, Any] = {
+        "file": str(file),
+        "name": pipeline.name,
+        "content_hash": pipeline.content_hash(),
+        "jobs": [_job_summary(pipeline, job.recipe.name) for job in pipeline.jobs],
+        "fuse": pipeline.fuse.name if pipeline.fuse else None,
+        "notices": list(pipeline.notices),
+    }
+
+    def table(out: Console) -> None:
+        for notice in pipeline.notices:
+            out.print(f"note: {notice}", soft_wrap=True)
+        for job in value["jobs"]:
+            rows = ", ".join(f"{count:,} {split}" for split, count in job["rows"].items())
+            out.print(
+                f"{job['name']}: {job['task']} on {job['base']}, rows: {rows}; "
+                f"registered as {job['registered_name']}",
+                soft_wrap=True,
+            )
+        if pipeline.fuse:
+            parents = ", ".join(parent.label for parent, _ in pipeline.parents())
+            out.print(f"{pipeline.fuse.name}: fused by {pipeline.fuse.rule} from {parents}", soft_wrap=True)
+        out.print(f"{file} is valid")
+
+    emit(value, format, table)
+
+
+def _job_summary(pipeline: LoadedPipeline, name: str) -> dict[str, Any]:
+    job = pipeline.job(name)
+    return {
+        "name": name,
+        "task": job.recipe.task,
+        "base": job.base.slug,
+        "rows": {"train": job.train.rows, "validation": job.validation.rows, "test": job.test.rows},
+        "registered_name": job.registered_name,
+    }
+
+
+def schema() -> None:
+    """The JSON schema of recipe and pipeline files, as editors read it."""
+    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+
+
+# ---- plan -----------------------------------------------------------------------------------------------
+
+
+def plan(parts: Parts, home: Home, file: Path, format: Format) -> None:
+    """Steps, sizes and tokens of every job, and which steps this home has done already. Raises BadInput."""
+    pipeline = load_pipeline(file)
+    digests: dict[str, str] = {}
+    if pipeline.external_adapters:
+        with parts.registry(home) as registry:
+            digests = adapter_digests(registry, pipeline)
+    planned = make_plan(pipeline, digests)
+    done = _done(parts, home, planned)
+    value: dict[str, Any] = {
+        "name": planned.name,
+        "key": planned.key,
+        "jobs": [_planned_view(job, pipeline, done) for job in planned.jobs],
+        "notices": list(pipeline.notices),
+    }
+
+    def table(out: Console) -> None:
+        for notice in pipeline.notices:
+            out.print(f"note: {notice}", soft_wrap=True)
+        right = ("rows", "steps", "tokens", "adapter", "size")
+        out.print(grid(PLAN_COLUMNS, [_cells(job) for job in value["jobs"]], right=right))
+
+    emit(value, format, table)
+
+
+def _done(parts: Parts, home: Home, planned: Plan) -> set[str]:
+    if not home.database.is_file():
+        return set()
+    with parts.store(home) as store:
+        return set(store.finished_steps(set(planned.steps)))
+
+
+def _planned_view(job: PlannedJob, pipeline: LoadedPipeline, done: set[str]) -> dict[str, Any]:
+    estimate = job.estimate
+    return {
+        "name": job.name,
+        "kind": job.kind,
+        "task": job.task,
+        "base": job.base.name,
+        "world_size": job.world_size,
+        "depends_on": list(job.depends_on),
+        "adapter_parameters": estimate.adapter_parameters if estimate else None,
+        "adapter_bytes": estimate.adapter_bytes if estimate else None,
+        "train_rows": estimate.train_rows if estimate else None,
+        "num_steps": estimate.num_steps if estimate else None,
+        "tokens": _tokens(pipeline, job) if estimate else None,
+        "steps": [
+            {"id": step.id, "kind": step.kind, "words": STAGES[step.kind], "done": step.id in done}
+            for step in job.steps
+        ],
+    }
+
+
+def _tokens(pipeline: LoadedPipeline, job: PlannedJob) -> int | None:
+    """About so many tokens will be trained on, prompts included; None if the tokenizer cannot be read."""
+    recipe = pipeline.job(job.name)
+    assert job.estimate is not None
+    mean = tokens_per_row(recipe.base.spec.path, recipe.train.datasets, recipe.recipe.sequence_len)
+    if mean is None:
+        return None
+    training = recipe.recipe.training_spec()
+    if training.num_epochs is not None:
+        return round(mean * recipe.train.rows * training.num_epochs)
+    return round(mean * job.estimate.num_steps * training.global_batch_size)
+
+
+def _cells(job: Mapping[str, Any]) -> tuple[str, ...]:
+    todo = Counter(step["words"] for step in job["steps"] if not step["done"])
+    done = Counter(step["words"] for step in job["steps"] if step["done"])
+    size, tokens = job["adapter_bytes"], job["tokens"]
+    return (
+        job["name"],
+        job["kind"],
+        _count(job["train_rows"]),
+        _count(job["num_steps"]),
+        f"about {_count(tokens)}" if tokens else "",
+        _count(job["adapter_parameters"]),
+        megabytes(size) if size else "",
+        _words(todo) or "nothing",
+        _words(done),
+    )
+
+
+def _words(steps: Counter[str]) -> str:
+    return ", ".join(f"{words} ({count})" if count > 1 else words for words, count in steps.items())
+
+
+def _count(number: int | None) -> str:
+    return "" if number is None else f"{number:,}"

@@ -1,0 +1,1 @@
+"""The controller: the loop that moves every job on."""

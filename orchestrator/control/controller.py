@@ -1,0 +1,246 @@
+"""The loop: hear what happened, move every job on, decide, act. One synchronous thread.
+
+Everything it holds in memory can be lost at any moment: the store has every status and every finished step,
+hosts find their newest checkpoint, and each step may be done twice. Knows `Cluster` and `Registry` as
+Protocols.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from orchestrator.contracts import Cluster, ClusterUnreachable, Registry, RegistryUnreachable
+from orchestrator.control.curve_export import Backoff, CurveExport
+from orchestrator.control.host_events import hear
+from orchestrator.control.ledger import LostFolder
+from orchestrator.control.registration import GateFailed, Registration
+from orchestrator.control.steps import Steps
+from orchestrator.control.submission import NEEDS
+from orchestrator.control.work import Work
+from orchestrator.job import Reason, Status
+from orchestrator.placement import NewHost
+from orchestrator.queue import Need, Waiting
+from orchestrator.scheduler import Decision, Snapshot, schedule
+from orchestrator.store.rows import JobRow
+from orchestrator.store.store import Store
+from workers.types import BadInput
+
+TICK_SECONDS = 0.1
+TOO_LARGE_PATIENCE = 30.0
+"""Seconds a job that needs more ranks than the cluster shows stays queued: a node may be just coming up."""
+
+log = logging.getLogger(__name__)
+
+
+class Controller:
+    """Runs the jobs of one run, or (`run` None) all that the store holds. One controller a store."""
+
+    def __init__(
+        self,
+        store: Store,
+        cluster: Cluster,
+        registry: Registry,
+        home: Path,
+        run: str | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        home = home.resolve()
+        self._run = run
+        self._backoff = Backoff(clock)
+        self._work = work = Work(store, cluster, home, clock)
+        self._curves = CurveExport(store, registry, self._backoff, clock)
+        self._steps = Steps(work, Registration(registry, work.ledger, self._curves, home), self._backoff)
+        self._redone: set[str] = set()
+        self._too_large_since: dict[str, float] = {}
+
+    def run(
+        self,
+        on_tick: Callable[[], None] = lambda: None,
+        wait: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Until every job has finished. Raises ClusterUnreachable; what is done so far stays done."""
+        self.recover()
+        try:
+            while self.tick():
+                on_tick()
+                wait(TICK_SECONDS)
+        finally:
+            self.close()
+
+    def recover(self) -> None:
+        """Queue again what a controller that was killed left under way. Call once, before the first tick."""
+        self._requeue(Reason.CONTROLLER_RESTARTED)
+
+    def tick(self) -> bool:
+        """One round; False when every job has finished and has left its host."""
+        work = self._work
+        work.refresh(self._run)
+        self._cancel_requested()
+        self._stop_overdue()
+        for host in work.fleet.hosts:
+            hear(work, host)
+        self._steps.hear_tasks(self._guard)
+        self._act(self._decide(self._advance()))
+        self._curves.tick([work.order(job) for job in work.jobs])
+        self._end_runs()
+        return bool(work.jobs) or any(host.residents for host in work.fleet.hosts)
+
+    def close(self) -> None:
+        """Stop the hosts, queue what was under way, and export what can still be exported."""
+        self._work.fleet.stop_all()
+        self._requeue(Reason.INTERRUPTED)
+        self._curves.close([self._work.order(job) for job in self._work.jobs])
+
+    def _requeue(self, reason: Reason) -> None:
+        for job in self._work.store.unfinished_jobs(self._run):
+            if job.status is not Status.WAITING:
+                self._work.store.switch_status(job.id, reason)
+
+    # ---- moving on -------------------------------------------------------------------------------------
+
+    def _cancel_requested(self) -> None:
+        for request in self._work.store.open_requests():
+            if request.job in self._work.jobs:
+                self._work.switch(request.job, Reason.CANCELLED_BY_USER, f"by {request.who}", who=request.who)
+            elif not self._work.store.job(request.job).status.finished:
+                continue
+            self._work.store.close_request(request.id)
+
+    def _stop_overdue(self) -> None:
+        """A job's time runs from its first placement; its last checkpoint stays."""
+        for job in list(self._work.jobs.values()):
+            most = self._work.order(job.id).job.max_duration
+            if most is not None and job.started_at is not None and self._work.clock() - job.started_at > most:
+                self._work.switch(job.id, Reason.OUT_OF_TIME, f"after step {job.step}")
+
+    def _advance(self) -> list[Waiting]:
+        waiting: list[Waiting] = []
+        for job in list(self._work.jobs.values()):
+            with self._guard(job.id):
+                asked = self._steps.advance(job)
+                waiting += [asked] if asked else []
+        return waiting
+
+    def _end_runs(self) -> None:
+        """Tell the registry of jobs that ended without a version."""
+        for job in self._work.ended:
+            if job.status is not Status.SUCCEEDED:
+                status = "KILLED" if job.status is Status.CANCELLED else "FAILED"
+                self._curves.end(self._work.order(job.id), status)
+        self._work.ended.clear()
+
+    # ---- deciding --------------------------------------------------------------------------------------
+
+    def _decide(self, waiting: list[Waiting]) -> tuple[Decision, Mapping[str, Waiting]]:
+        work = self._work
+        snapshot = Snapshot(
+            capacity=work.cluster.capacity(),
+            hosts=tuple(host.view() for host in work.fleet.hosts),
+            waiting=tuple(waiting),
+            running_tasks=sum(flight.host is None for flight in work.flights.values()),
+            bases_to_come=self._bases_to_come(),
+            next_host=work.fleet.next_number,
+        )
+        return schedule(snapshot), {job.job: job for job in waiting}
+
+    def _bases_to_come(self) -> frozenset[str]:
+        orders = [self._work.order(job) for job in self._work.jobs]
+        return frozenset(
+            order.job.host_key
+            for order in orders
+            if any(NEEDS[step.kind] in (Need.SLOT, Need.HOST) for step in self._work.ledger.remaining(order))
+        )
+
+    # ---- acting ----------------------------------------------------------------------------------------
+
+    def _act(self, decided: tuple[Decision, Mapping[str, Waiting]]) -> None:
+        decision, asked = decided
+        for name in decision.close_hosts:
+            self._work.drop_flights(self._work.fleet.stop(name))
+        for new in decision.start_hosts:
+            self._open(new, [job for job, host in decision.placements.items() if host == new.name])
+        for job, host in decision.placements.items():
+            if job in self._work.jobs:
+                row = self._begin(job, host)
+                self._work.fleet.seat(job, row.attempt, host, asked[job].need)
+        for job in decision.start_tasks:
+            with self._guard(job):
+                self._steps.start_task(self._begin(job, None))
+        for job in decision.free:
+            self._begin(job, None, "needs no host any more")
+        for job, reason in decision.refusals.items():
+            self._refuse(self._work.jobs[job], reason, asked[job])
+
+    def _open(self, new: NewHost, jobs: list[str]) -> None:
+        """Start a host for the jobs placed on it; they fail if the cluster can never hold one."""
+        on_gpus = self._work.cluster.capacity().gpus > 0
+        try:
+            self._work.fleet.start(new, self._work.order(jobs[0]).job.base, on_gpus)
+        except BadInput as error:
+            for job in jobs:
+                self._work.switch(job, Reason.TOO_LARGE, str(error))
+
+    def _begin(self, job: str, host: str | None, message: str = "") -> JobRow:
+        """A new attempt for a job that waits; one that runs already goes on with what it was given."""
+        row = self._work.jobs[job]
+        self._too_large_since.pop(job, None)
+        if row.status is not Status.WAITING:
+            return row
+        return self._work.switch(job, Reason.PLACED, message, host=host)
+
+    def _refuse(self, job: JobRow, reason: Reason, asked: Waiting) -> None:
+        message = ""
+        if reason is Reason.TOO_LARGE:
+            message = f"it needs {asked.world_size} ranks"
+            since = self._too_large_since.setdefault(job.id, self._work.clock())
+            if self._work.clock() - since < TOO_LARGE_PATIENCE:
+                reason = Reason.WAITS_FOR_HOST
+        if reason is Reason.PARENT_FAILED:
+            failed = [p for p in job.depends_on if self._work.parents[p] in (Status.FAILED, Status.CANCELLED)]
+            message = ", ".join(failed)
+        self._work.switch(job.id, reason, message)
+
+    # ---- what can go wrong with one job ----------------------------------------------------------------
+
+    @contextmanager
+    def _guard(self, job: str) -> Generator[None]:
+        """One job's failure is its own: it gets a status and a reason, and the loop goes on."""
+        try:
+            yield
+        except (SQLAlchemyError, ClusterUnreachable):
+            raise
+        except RegistryUnreachable as error:
+            self._backoff.failed()
+            self._stop(job, Reason.REGISTRY_AWAY, str(error))
+        except GateFailed as error:
+            self._stop(job, Reason.GATE_FAILED, str(error))
+        except BadInput as error:
+            self._stop(job, Reason.BAD_DATA, str(error))
+        except LostFolder as error:
+            self._redo(job, error)
+        except Exception as error:
+            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+            log.exception("job %s failed", job)
+            words = f"{type(error).__name__}: {error}"
+            self._stop(job, Reason.DISK_FULL if full else Reason.INTERNAL_ERROR, words)
+
+    def _stop(self, job: str, reason: Reason, message: str) -> None:
+        if job in self._work.jobs:
+            self._work.switch(job, reason, message)
+
+    def _redo(self, job: str, lost: LostFolder) -> None:
+        """Do a step again whose folder is gone: once, and only if it is the job's own."""
+        own = lost.step in {step.id for step in self._work.order(job).job.steps}
+        self._work.ledger.forget(lost)
+        if own and lost.step not in self._redone:
+            self._redone.add(lost.step)
+            self._stop(job, Reason.WAITS_FOR_HOST, f"done again: {lost}")
+        else:
+            self._stop(job, Reason.INTERNAL_ERROR, f"{lost}; submit again to make it anew")

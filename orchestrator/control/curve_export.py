@@ -1,0 +1,192 @@
+"""Training curves from the store to the registry, and the runs they belong to. Late is fine, lost is not.
+
+While the registry does not answer, points stay in the store; `Backoff` says when to try again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from typing import Literal
+
+from orchestrator.contracts import MetricPoint, Registry, RegistryUnreachable
+from orchestrator.control.submission import Order
+from orchestrator.plan.steps import EvaluateWhat, FuseWhat
+from orchestrator.store.rows import Curves, MetricRow, ValidationRow
+from orchestrator.store.store import Store
+from workers.types import DatasetSpec
+
+EXPORT_EVERY = 3.0
+"""Seconds between two looks for new points."""
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
+
+log = logging.getLogger(__name__)
+
+
+class Backoff:
+    """When a service that did not answer is tried again: after 1, 2, 4 ... 60 seconds."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._wait = 0.0
+        self._until = 0.0
+
+    @property
+    def away(self) -> bool:
+        return self._clock() < self._until
+
+    def failed(self) -> None:
+        self._wait = min(LONGEST_WAIT, self._wait * 2 or FIRST_WAIT)
+        self._until = self._clock() + self._wait
+
+    def worked(self) -> None:
+        self._wait = self._until = 0.0
+
+
+class CurveExport:
+    """Runs of the jobs at hand, and their points."""
+
+    def __init__(
+        self, store: Store, registry: Registry, backoff: Backoff, clock: Callable[[], float]
+    ) -> None:
+        self._store = store
+        self._registry = registry
+        self._backoff = backoff
+        self._clock = clock
+        self._next = 0.0
+        self._runs: dict[str, str] = {}
+        self._ended: list[tuple[Order, Literal["FAILED", "KILLED"]]] = []
+
+    def tick(self, orders: Iterable[Order]) -> None:
+        """Export what has come since the last time, if it is time and the registry answers."""
+        if self._backoff.away or self._clock() < self._next:
+            return
+        self._next = self._clock() + EXPORT_EVERY
+        try:
+            spoke = [self._end_runs(), *(self.flush(order) for order in orders)]
+            if any(spoke):
+                self._backoff.worked()
+        except RegistryUnreachable:
+            self._backoff.failed()
+        except Exception:
+            # A curve is not worth a job: it stays in the store, and registering says what is wrong.
+            log.exception("the curves could not be exported")
+            self._backoff.failed()
+
+    def close(self, orders: Iterable[Order]) -> None:
+        """One last try, whatever the clock says."""
+        self._next = 0.0
+        self.tick(orders)
+
+    def run_of(self, order: Order) -> str:
+        """The registry's run of a job, made with its inputs and recipe if absent."""
+        if order.series not in self._runs:
+            self._runs[order.series] = self._start_run(order)
+        return self._runs[order.series]
+
+    def flush(self, order: Order) -> bool:
+        """Export every point of a job; whether there was any. Raises RegistryUnreachable."""
+        found = False
+        while (curves := self._store.curves.unexported(order.series)) != Curves():
+            self._registry.log_metrics(self.run_of(order), points_of(curves))
+            self._store.curves.mark_exported(order.series, curves)
+            found = True
+        return found
+
+    def end(self, order: Order, status: Literal["FAILED", "KILLED"]) -> None:
+        """Mark the run of a job that will not be registered; when the registry answers."""
+        if order.series in self._runs or self._store.curves.read(order.series):
+            self._ended.append((order, status))
+
+    def _end_runs(self) -> bool:
+        found = bool(self._ended)
+        while self._ended:
+            order, status = self._ended[0]
+            self.flush(order)
+            self._registry.end_run(self.run_of(order), status)
+            del self._ended[0]
+        return found
+
+    def _start_run(self, order: Order) -> str:
+        job = order.job
+        run_id = self._registry.start_run(
+            order.series, order.experiment, job.name, params(order), tags(order)
+        )
+        if inputs := run_inputs(order):
+            self._registry.log_inputs(run_id, inputs)
+        self._registry.log_text(run_id, "recipe.yaml", order.registered.recipe_yaml)
+        return run_id
+
+
+# ---- what a run says of its job ------------------------------------------------------------------------
+
+
+def params(order: Order) -> dict[str, str]:
+    """Hyper-parameters under the names of a recipe, or the plan of a fusion."""
+    if order.train is not None:
+        spec = order.train.spec
+        return {key: str(value) for key, value in (asdict(spec.adapter) | asdict(spec.training)).items()}
+    what = order.job.step("fuse").what
+    assert isinstance(what, FuseWhat)
+    weights = ", ".join(f"{weight:g}" for _, weight in what.adapters)
+    return {"rule": what.rule, "rank": str(what.rank), "weights": weights}
+
+
+def tags(order: Order) -> dict[str, str]:
+    """What a version is bound to; `base.digest` is the one that checkpoints and adapters carry."""
+    what = order.registered
+    return {
+        "task": what.task,
+        "base.name": order.job.base.name,
+        "base.digest": what.base.all,
+        "base.weights.digest": what.base.weights,
+        "tokenizer.digest": what.base.tokenizer,
+        "chat_template.digest": what.base.chat_template,
+        "recipe.digest": what.recipe_digest,
+        "data.digest": what.data_digest,
+    }
+
+
+def run_inputs(order: Order) -> dict[str, tuple[str, str]]:
+    """Context -> (path, SHA-256) of the rows a job reads."""
+    found: dict[str, tuple[str, str]] = {}
+    if order.train is not None:
+        spec = order.train.spec
+        found["training"] = (_paths(spec.train), order.train.train_digest)
+        found["validation"] = (_paths(spec.validation), order.train.validation_digest)
+    for step in order.job.steps:
+        if isinstance(step.what, EvaluateWhat) and step.kind == "evaluate":
+            context = "test" if order.train is not None else f"test.{step.what.task}"
+            found[context] = (_paths(step.what.evaluation.datasets), step.what.dataset_digest)
+    return {context: entry for context, entry in found.items() if entry[0]}
+
+
+def _paths(datasets: Sequence[DatasetSpec]) -> str:
+    return ", ".join(dataset.path for dataset in datasets)
+
+
+# ---- points --------------------------------------------------------------------------------------------
+
+
+def points_of(curves: Curves) -> list[MetricPoint]:
+    """The registry's points of stored rows; what was not finite has none."""
+    points = [point for row in curves.steps for point in _step_points(row)]
+    return points + [point for row in curves.validations for point in _validation_points(row)]
+
+
+def _step_points(row: MetricRow) -> list[MetricPoint]:
+    figures = {
+        "loss": row.loss,
+        "grad_norm": row.grad_norm,
+        "learning_rate": row.learning_rate,
+        "tokens_per_second": row.tokens / row.seconds if row.seconds > 0 else None,
+    }
+    when = int(row.at * 1000)
+    return [MetricPoint(key, value, row.step, when) for key, value in figures.items() if value is not None]
+
+
+def _validation_points(row: ValidationRow) -> list[MetricPoint]:
+    if row.loss is None:
+        return []
+    return [MetricPoint("eval_loss", row.loss, row.step, int(row.at * 1000))]

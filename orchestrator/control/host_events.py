@@ -1,0 +1,137 @@
+"""What each report of a host does. Reports of an attempt that is over change no job.
+
+Writes curves and progress first, so that a step is on record before what follows from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from orchestrator.control.fleet import Host
+from orchestrator.control.ledger import evaluation_result
+from orchestrator.control.work import Work
+from orchestrator.job import Reason, Status
+from orchestrator.plan.steps import EvaluateWhat
+from orchestrator.store.curves import finite
+from orchestrator.store.rows import Progress
+from workers.manifest import CorruptFolder
+from workers.types import (
+    Attached,
+    CheckpointSaved,
+    Detached,
+    EvaluationDone,
+    EvaluationFailed,
+    Event,
+    HostFailed,
+    HostReady,
+    JobStopped,
+    StepDone,
+    TrainingFinished,
+    Validated,
+)
+
+MOST_HOST_FAILURES = 3
+"""Hosts of one base lost in a row, without a step or a score in between, after which its jobs fail."""
+
+
+def hear(work: Work, host: Host) -> None:
+    """Take in all that a host has reported since the last time."""
+    events = work.cluster.poll(host.name)
+    _write_curves(work, events)
+    for event in events:
+        _hear(work, host, event)
+
+
+def _hear(work: Work, host: Host, event: Event) -> None:
+    match event:
+        case HostReady():
+            host.ready = event
+        case Attached():
+            _attached(work, event)
+        case StepDone():
+            work.host_failures.pop(host.base, None)
+        case TrainingFinished():
+            _training_finished(work, host, event)
+        case Detached():
+            work.drop_training(event.job, event.attempt)
+        case JobStopped():
+            _job_stopped(work, event)
+        case EvaluationDone() | EvaluationFailed():
+            _evaluation_ended(work, host, event)
+        case HostFailed():
+            lose(work, host, event.message)
+        case Validated() | CheckpointSaved():
+            pass
+
+
+def _write_curves(work: Work, events: Sequence[Event]) -> None:
+    """One transaction a job for all its points, then its progress; a job may attach and step in one poll."""
+    points: dict[str, list[StepDone | Validated]] = {}
+    for event in events:
+        if isinstance(event, Attached) and work.present(event.job, event.attempt):
+            work.store.write_progress(event.job, event.attempt, Progress(event.step, event.num_steps))
+        if isinstance(event, StepDone | Validated) and work.present(event.job, event.attempt):
+            points.setdefault(event.job, []).append(event)
+    for job, found in points.items():
+        work.store.curves.write(work.order(job).series, found, work.clock())
+        steps = [point for point in found if isinstance(point, StepDone)]
+        if steps:
+            work.store.write_progress(job, steps[-1].attempt, _progress(steps[-1]))
+
+
+def _progress(step: StepDone) -> Progress:
+    speed = step.tokens / step.seconds if step.seconds > 0 else None
+    return Progress(step.step, loss=finite(step.loss), tokens_per_second=speed)
+
+
+def _attached(work: Work, event: Attached) -> None:
+    job = work.present(event.job, event.attempt)
+    if job is not None and job.status is Status.STARTING:
+        work.switch(event.job, Reason.ATTACHED)
+
+
+def _training_finished(work: Work, host: Host, event: TrainingFinished) -> None:
+    """The adapter is there, even if its job was cancelled meanwhile; the job stays to be scored."""
+    flight = work.drop_training(event.job, event.attempt)
+    if work.present(event.job, event.attempt):
+        host.visitors.add(event.job)
+    if flight is None:
+        return
+    try:
+        work.ledger.finish(flight.step.id, "train", event.job, work.ledger.training_result(event))
+    except CorruptFolder as error:
+        if work.present(event.job, event.attempt):
+            work.switch(event.job, Reason.INTERNAL_ERROR, str(error))
+
+
+def _job_stopped(work: Work, event: JobStopped) -> None:
+    work.drop_training(event.job, event.attempt)
+    if work.present(event.job, event.attempt):
+        work.switch(event.job, Reason(event.code), f"after step {event.step}: {event.message}")
+
+
+def _evaluation_ended(work: Work, host: Host, event: EvaluationDone | EvaluationFailed) -> None:
+    flight = work.flights.pop(event.request, None)
+    if flight is None:
+        return
+    what = flight.step.what
+    assert isinstance(what, EvaluateWhat), f"{event.request} is not an evaluation"
+    if isinstance(event, EvaluationDone):
+        work.host_failures.pop(host.base, None)
+        work.ledger.finish(flight.step.id, flight.step.kind, flight.job, evaluation_result(what, event))
+    elif work.present(flight.job, flight.attempt):
+        work.switch(flight.job, Reason.BAD_DATA, f"scoring {what.task}: {event.message}")
+
+
+def lose(work: Work, host: Host, message: str) -> None:
+    """A host is gone: its jobs are queued again, or fail if hosts of their base keep dying."""
+    work.fleet.stop(host.name)
+    work.drop_flights(host)
+    failures = work.host_failures.get(host.base, 0) + 1
+    work.host_failures[host.base] = failures % MOST_HOST_FAILURES
+    for job in sorted(host.seated & work.jobs.keys()):
+        if failures < MOST_HOST_FAILURES:
+            work.switch(job, Reason.HOST_LOST, message)
+        else:
+            words = f"{failures} hosts of its base were lost without getting anywhere; the last: {message}"
+            work.switch(job, Reason.INTERNAL_ERROR, words)

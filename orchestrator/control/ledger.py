@@ -1,0 +1,132 @@
+"""Finished steps and the folders they made: what a job can skip, and what its next step is.
+
+Reads and writes the store's `steps`. A folder is verified whenever a step needs it; one that is gone or
+altered makes its step undone, so that it is done again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from pydantic import TypeAdapter
+
+from orchestrator.contracts import Scores
+from orchestrator.control.submission import Order
+from orchestrator.plan.steps import EvaluateWhat, Step
+from orchestrator.store.store import Store
+from workers.manifest import CorruptFolder, folder_digest, verify_folder
+from workers.types import EvaluationDone, EvaluationReport, TrainingFinished
+
+_REPORT = TypeAdapter(EvaluationReport)
+
+
+class LostFolder(Exception):
+    """What step `step` made is gone or altered."""
+
+    def __init__(self, step: str, folder: Path, words: str) -> None:
+        super().__init__(words)
+        self.step = step
+        self.folder = folder
+
+
+class Ledger:
+    """The steps of the jobs at hand, in memory over the store; this process is their only writer."""
+
+    def __init__(self, store: Store, home: Path) -> None:
+        self._store = store
+        self._home = home
+        self._known: set[str] = set()
+        self._results: dict[str, Mapping[str, Any]] = {}
+
+    def learn(self, order: Order) -> None:
+        """Read from the store what is finished of a job's steps, once."""
+        fresh = {step.id for step in order.job.steps} - self._known
+        if fresh:
+            rows = self._store.finished_steps(fresh)
+            self._results |= {step: row.result for step, row in rows.items()}
+            self._known |= fresh
+
+    def remaining(self, order: Order) -> tuple[Step, ...]:
+        return tuple(step for step in order.job.steps if step.id not in self._results)
+
+    def result(self, step: str) -> Mapping[str, Any]:
+        """A finished step's result. Raises KeyError."""
+        if step not in self._results:
+            # Done by another job since this one's steps were looked up.
+            self._results |= {key: row.result for key, row in self._store.finished_steps({step}).items()}
+        return self._results[step]
+
+    def finish(self, step: str, kind: str, job: str, result: Mapping[str, Any]) -> None:
+        self._store.finish_step(step, kind, job, result)
+        self._results[step] = result
+
+    def forget(self, lost: LostFolder) -> None:
+        """Make a step undone; an altered folder is moved aside, as a published one is never overwritten."""
+        self._store.forget_step(lost.step)
+        self._results.pop(lost.step, None)
+        if lost.folder.exists():
+            lost.folder.rename(lost.folder.with_name(f"{lost.folder.name}.altered-{uuid4().hex[:8]}"))
+
+    # ---- folders ---------------------------------------------------------------------------------------
+
+    def checkpoint_dir(self, step: str) -> Path:
+        """Equal training has one folder, whichever job does it."""
+        return self._home / "checkpoints" / step
+
+    def fusion_dir(self, step: str) -> Path:
+        return self._home / "fusions" / step
+
+    def adapter_dir(self, step: str) -> Path:
+        """The adapter that a finished step made, verified. Raises LostFolder."""
+        result = self.result(step)
+        folder = self._home / result["adapter_dir"]
+        try:
+            verify_folder(folder)
+        except CorruptFolder as error:
+            raise LostFolder(step, folder, str(error)) from error
+        if folder_digest(folder) != result["digest"]:
+            raise LostFolder(step, folder, f"{folder} is not the adapter that was made there")
+        return folder
+
+    def adapter_result(self, folder: Path, **more: Any) -> dict[str, Any]:
+        """The result of a step that made an adapter. Raises CorruptFolder."""
+        verify_folder(folder)
+        inside = folder.is_relative_to(self._home)
+        path = folder.relative_to(self._home) if inside else folder
+        return {"adapter_dir": str(path), "digest": folder_digest(folder), **more}
+
+    def training_result(self, event: TrainingFinished) -> dict[str, Any]:
+        return self.adapter_result(Path(event.adapter_dir), step=event.step)
+
+    # ---- scores ----------------------------------------------------------------------------------------
+
+    def scores(self, evaluations: Mapping[str, str]) -> tuple[Scores, ...]:
+        """The reports of finished evaluations, given as task -> step."""
+        return tuple(self._scores(task, self.result(step)) for task, step in evaluations.items())
+
+    def _scores(self, task: str, result: Mapping[str, Any]) -> Scores:
+        report = _REPORT.validate_python(result["report"])
+        return Scores(task, result["dataset"], result["dataset_digest"], report)
+
+
+def evaluation_result(what: EvaluateWhat, event: EvaluationDone) -> dict[str, Any]:
+    report = _REPORT.dump_python(event.report, mode="json")
+    # JSON has no NaN: a figure that is not finite is stored as a word, which reads back as the figure.
+    metrics = {key: value if math.isfinite(value) else str(value) for key, value in report["metrics"].items()}
+    return {
+        "report": report | {"metrics": metrics},
+        "dataset": ", ".join(dataset.path for dataset in what.evaluation.datasets),
+        "dataset_digest": what.dataset_digest,
+        "seconds": event.seconds,
+    }
+
+
+def flat(scores: Iterable[Scores]) -> dict[str, float]:
+    """`<task>.<metric>` -> value."""
+    return {
+        f"{score.task}.{metric}": value for score in scores for metric, value in score.report.metrics.items()
+    }

@@ -1,0 +1,167 @@
+"""The two steps that speak to the registry: register a version whole, and judge and promote it.
+
+Each may be interrupted anywhere and done again; neither changes a job's status.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from orchestrator.contracts import AdapterVersion, NewVersion, NoSuchVersion, Registry, Scores
+from orchestrator.control.curve_export import CurveExport, params, run_inputs, tags
+from orchestrator.control.ledger import Ledger, flat
+from orchestrator.control.submission import Order
+from orchestrator.gate import Finding, Verdict, check
+from orchestrator.plan.steps import PromoteWhat
+from orchestrator.registry.card import card
+from workers.types import BadInput
+
+CANDIDATE, CHAMPION = "candidate", "champion"
+GATE_TAG = "gate.status"
+
+
+class GateFailed(Exception):
+    """A version did not meet its gates; the message says by how much. It stays registered as candidate."""
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What the two steps work with."""
+
+    registry: Registry
+    ledger: Ledger
+    curves: CurveExport
+    home: Path
+
+    def register(self, order: Order, step_id: str) -> dict[str, Any]:
+        """One whole version in the registry, beside its run's evaluation; the step's result."""
+        new = self._new_version(order, step_id)
+        self.curves.flush(order)
+        self.registry.log_evaluation(new.run_id, new.scores)
+        self.registry.log_evaluation(new.run_id, new.base_scores, prefix="base")
+        version = self.registry.register(new)
+        self.registry.end_run(new.run_id, "FINISHED")
+        return {
+            "name": version.name,
+            "version": version.version,
+            "model_id": version.model_id,
+            "run_id": new.run_id,
+            "digest": version.digest,
+        }
+
+    def promote(self, order: Order, what: PromoteWhat) -> dict[str, Any]:
+        """Point `candidate` at the version, check its gates, move `champion`. Raises GateFailed."""
+        number = int(self.ledger.result(order.job.step("register").id)["version"])
+        self.registry.set_alias(what.name, CANDIDATE, number)
+        champion = self._champion(what.name)
+        verdict = self._judge(what, champion)
+        self.registry.set_tags(what.name, number, {GATE_TAG: "passed" if verdict.passed else "failed"})
+        if not verdict.passed:
+            raise GateFailed(f"{what.name} version {number} stays candidate: {verdict.words}")
+        if what.promote and (champion is None or champion.version != number):
+            expected = champion.version if champion else None
+            figures = flat(self.ledger.scores(what.scores))
+            self.registry.promote(what.name, number, expected, f"{order.job.name}: {verdict.words}", figures)
+        findings = [_finding(finding) for finding in verdict.findings]
+        return {"name": what.name, "version": number, "champion": what.promote, "findings": findings}
+
+    def registered_adapter(self, order: Order, reference: str) -> Path:
+        """The folder of NAME@REF, fetched and verified. Raises BadInput if that is another version now."""
+        version = self._planned_version(order, reference)
+        return self.registry.download(version, self.home / "downloads" / version.digest)
+
+    def card(self, order: Order) -> str:
+        """The README.md of a job's version."""
+        what, figures = order.registered, params(order)
+        return card(
+            name=what.name,
+            base_model=order.job.base.name or order.job.base.path,
+            scores=_portable(self.ledger.scores(what.scores)),
+            base_scores=_portable(self.ledger.scores(what.base_scores)),
+            trained_on={
+                context: _short(path)
+                for context, (path, _) in run_inputs(order).items()
+                if context in ("training", "validation")
+            },
+            params=figures,
+            digests={key: value for key, value in tags(order).items() if key.endswith(".digest")},
+            parents=self._parents(order),
+            rule=figures.get("rule", ""),
+        )
+
+    def _new_version(self, order: Order, step_id: str) -> NewVersion:
+        what = order.registered
+        return NewVersion(
+            step_id=step_id,
+            name=what.name,
+            run_id=self.curves.run_of(order),
+            adapter_dir=self.ledger.adapter_dir(what.adapter),
+            model_type="lora-adapter-fused" if order.job.kind == "fuse" else "lora-adapter",
+            tags=tags(order),
+            params=params(order),
+            scores=self.ledger.scores(what.scores),
+            base_scores=self.ledger.scores(what.base_scores),
+            recipe_yaml=what.recipe_yaml,
+            card=self.card(order),
+            parents=self._parents(order),
+            fusion_report=self.ledger.result(what.adapter).get("report"),
+        )
+
+    def _parents(self, order: Order) -> tuple[str, ...]:
+        return tuple(self._parent(order, parent) for parent in order.registered.parents)
+
+    def _parent(self, order: Order, parent: str) -> str:
+        """`name/version` of a parent: NAME@REF, or the step of this run that registered it."""
+        if "@" in parent:
+            version = self._planned_version(order, parent)
+            return f"{version.name}/{version.version}"
+        registered = self.ledger.result(parent)
+        return f"{registered['name']}/{registered['version']}"
+
+    def _planned_version(self, order: Order, reference: str) -> AdapterVersion:
+        name, _, ref = reference.partition("@")
+        version = self.registry.version(name, ref)
+        if version.digest != order.adapters[reference]:
+            raise BadInput(f"{reference} is another version than when this job was submitted; submit again")
+        return version
+
+    def _champion(self, name: str) -> AdapterVersion | None:
+        try:
+            return self.registry.version(name, CHAMPION)
+        except NoSuchVersion:
+            return None
+
+    def _judge(self, what: PromoteWhat, champion: AdapterVersion | None) -> Verdict:
+        return check(
+            gates=what.gates,
+            champion_margins=what.champion_margin,
+            retention=what.retention,
+            scores=flat(self.ledger.scores(what.scores)),
+            parent_scores=flat(self.ledger.scores(what.parent_scores)),
+            champion_scores=None if champion is None else _champion_scores(champion),
+        )
+
+
+def _portable(scores: Sequence[Scores]) -> tuple[Scores, ...]:
+    """A card is read elsewhere: it names data sets without the folders of this machine."""
+    return tuple(replace(score, dataset=_short(score.dataset)) for score in scores)
+
+
+def _short(paths: str) -> str:
+    """The last two parts of each path."""
+    return ", ".join("/".join(Path(path).parts[-2:]) for path in paths.split(", "))
+
+
+def _champion_scores(champion: AdapterVersion) -> dict[str, float]:
+    """A champion's metrics, `<task>/<metric>` in the registry, under the keys of gates."""
+    split = {key: key.split("/") for key in champion.metrics}
+    return {".".join(parts): champion.metrics[key] for key, parts in split.items() if len(parts) == 2}
+
+
+def _finding(finding: Finding) -> dict[str, Any]:
+    found = finding.found if finding.found is not None and math.isfinite(finding.found) else None
+    return {"metric": finding.metric, "required": finding.required, "found": found, "words": finding.words}

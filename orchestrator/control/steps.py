@@ -1,0 +1,184 @@
+"""How a job goes from one step to the next: what is asked of a host, of a CPU task, of the registry.
+
+Steps of a job are done in order, one at a time. Nothing here decides who goes first: `scheduler` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from orchestrator.contracts import TaskResult
+from orchestrator.control.curve_export import Backoff
+from orchestrator.control.fleet import Host
+from orchestrator.control.ledger import Ledger
+from orchestrator.control.registration import Registration
+from orchestrator.control.submission import NEEDS, Order
+from orchestrator.control.work import Flight, Work
+from orchestrator.job import Reason, Status
+from orchestrator.plan.steps import EvaluateWhat, FuseWhat, PromoteWhat, ReleaseWhat, Step, TrainWhat
+from orchestrator.queue import Need, Waiting
+from orchestrator.store.rows import JobRow
+from workers.types import Attach, Evaluate, ExportTask, FuseTask, Task
+
+
+class Steps:
+    """Carries jobs through their steps."""
+
+    def __init__(self, work: Work, registration: Registration, registry_backoff: Backoff) -> None:
+        self._work = work
+        self._ledger: Ledger = work.ledger
+        self._registration = registration
+        self._backoff = registry_backoff
+
+    def advance(self, job: JobRow) -> Waiting | None:
+        """Do what can be done for a job now; what it waits for, if that is the scheduler's to give."""
+        order = self._work.order(job.id)
+        remaining = self._ledger.remaining(order)
+        if job.status is Status.WAITING:
+            return self._ask(job, order, remaining)
+        if not remaining:
+            return self._succeed(job)
+        if remaining[0].id in self._work.flights:
+            return None
+        return self._next(job, order, remaining)
+
+    def _next(self, job: JobRow, order: Order, remaining: tuple[Step, ...]) -> Waiting | None:
+        need = order.seat_need(remaining)
+        host = self._work.fleet.host_of(job.id)
+        if need is Need.NOTHING:
+            return self._speak_to_registry(job, order, remaining)
+        if need is Need.CPU or host is None or (need is Need.SLOT and job.id not in host.residents):
+            self._work.leave(job)
+            return self._ask(job, order, remaining)
+        if host.ready is not None:
+            self._send(job, order, remaining[0], host)
+        return None
+
+    def _ask(self, job: JobRow, order: Order, remaining: tuple[Step, ...]) -> Waiting | None:
+        if job.reason is Reason.REGISTRY_AWAY and self._backoff.away:
+            return None
+        need = order.seat_need(remaining)
+        if remaining and remaining[0].id in self._work.flights:
+            other = self._work.flights[remaining[0].id].job
+            self._work.switch(job.id, Reason.WAITS_FOR_HOST, f"{other} is doing the same work for both")
+            return None
+        planned = order.job
+        return Waiting(
+            job.id,
+            need,
+            planned.host_key,
+            planned.world_size,
+            planned.base.slots,
+            job.priority,
+            job.submitted_at,
+            tuple(self._work.parents[parent] for parent in job.depends_on),
+        )
+
+    def _succeed(self, job: JobRow) -> None:
+        self._work.leave(job)
+        if job.status is not Status.STOPPING:
+            self._work.switch(job.id, Reason.STEPS_DONE)
+        self._work.switch(job.id, Reason.DONE)
+
+    # ---- on a host -------------------------------------------------------------------------------------
+
+    def _send(self, job: JobRow, order: Order, step: Step, host: Host) -> None:
+        if isinstance(step.what, TrainWhat):
+            folder = str(self._ledger.checkpoint_dir(step.id))
+            command = Attach(step.what.attempt(job.id, job.attempt, folder))
+        else:
+            assert isinstance(step.what, EvaluateWhat), f"a host does not do {step.kind}"
+            folder = self._folder_of(order, step.what.adapter)
+            command = Evaluate(step.id, folder, step.what.evaluation)
+        self._work.depart(step, job, host.name)
+        self._work.cluster.send(host.name, command)
+        if job.status is Status.STARTING and isinstance(command, Evaluate):
+            self._work.switch(job.id, Reason.ATTACHED)
+
+    def _folder_of(self, order: Order, adapter: str | None) -> str | None:
+        """The verified folder of a step's adapter or of a registered one; None for the base alone."""
+        if adapter is None:
+            return None
+        if "@" in adapter:
+            return str(self._registration.registered_adapter(order, adapter))
+        return str(self._ledger.adapter_dir(adapter))
+
+    # ---- on a CPU --------------------------------------------------------------------------------------
+
+    def start_task(self, job: JobRow) -> None:
+        """Run the job's next step as a CPU task."""
+        order = self._work.order(job.id)
+        step = self._ledger.remaining(order)[0]
+        task = self._task(order, step)
+        self._work.depart(step, job, None)
+        self._work.cluster.submit_task(step.id, task)
+        if job.status is Status.STARTING:
+            self._work.switch(job.id, Reason.ATTACHED)
+
+    def _task(self, order: Order, step: Step) -> Task:
+        if isinstance(step.what, FuseWhat):
+            folders = [self._folder_of(order, adapter) for adapter, _ in step.what.adapters]
+            return FuseTask(
+                adapter_dirs=tuple(folder for folder in folders if folder),
+                weights=tuple(weight for _, weight in step.what.adapters),
+                rule=step.what.rule,
+                rank=step.what.rank,
+                out_dir=str(self._ledger.fusion_dir(step.id)),
+            )
+        assert isinstance(step.what, ReleaseWhat), f"no task does {step.kind}"
+        adapter, base = self._folder_of(order, order.registered.adapter), order.job.base
+        assert adapter is not None
+        return ExportTask(
+            adapter_dir=adapter,
+            base_path=base.path,
+            merged=step.what.merged,
+            out_dir=step.what.out,
+            extra_files=(
+                ("README.md", self._registration.card(order)),
+                ("recipe.yaml", order.registered.recipe_yaml),
+            ),
+            dtype=base.dtype,
+        )
+
+    def hear_tasks(self, guard: Callable[[str], Any]) -> None:
+        """Take in every CPU task that has ended."""
+        for key, flight in list(self._work.flights.items()):
+            result = self._work.cluster.task_result(key) if flight.host is None else None
+            if result is not None:
+                del self._work.flights[key]
+                with guard(flight.job):
+                    self._task_ended(flight, result)
+
+    def _task_ended(self, flight: Flight, result: TaskResult) -> None:
+        step = flight.step
+        if result.error is None:
+            self._ledger.finish(step.id, step.kind, flight.job, self._task_result(step, result.value))
+        elif self._work.present(flight.job, flight.attempt):
+            refused = Reason.FUSION_REFUSED if step.kind == "fuse" else Reason.RELEASE_REFUSED
+            reason = refused if result.refused else Reason.INTERNAL_ERROR
+            full = "No space left on device" in result.error
+            self._work.switch(flight.job, Reason.DISK_FULL if full else reason, result.error)
+
+    def _task_result(self, step: Step, value: Mapping[str, Any]) -> dict[str, Any]:
+        if step.kind == "fuse":
+            return self._ledger.adapter_result(self._ledger.fusion_dir(step.id), report=value)
+        return dict(value)
+
+    # ---- with the registry -----------------------------------------------------------------------------
+
+    def _speak_to_registry(self, job: JobRow, order: Order, remaining: tuple[Step, ...]) -> None:
+        """Do one registry step; it blocks for as long as the registry takes."""
+        self._work.leave(job)
+        if self._backoff.away:
+            self._work.switch(job.id, Reason.REGISTRY_AWAY)
+            return
+        if job.status is not Status.STOPPING and all(NEEDS[s.kind] is Need.NOTHING for s in remaining):
+            self._work.switch(job.id, Reason.STEPS_DONE)
+        step = remaining[0]
+        if isinstance(step.what, PromoteWhat):
+            result = self._registration.promote(order, step.what)
+        else:
+            result = self._registration.register(order, step.id)
+        self._backoff.worked()
+        self._ledger.finish(step.id, step.kind, job.id, result)

@@ -1,0 +1,122 @@
+"""What is under way: unfinished jobs, their orders, and the steps asked of the cluster and not answered yet.
+
+All of it can be lost: the store has every status and every finished step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.contracts import Cluster
+from orchestrator.control.fleet import Fleet, Host
+from orchestrator.control.ledger import Ledger
+from orchestrator.control.submission import Order, read_order
+from orchestrator.job import Reason, Status
+from orchestrator.plan.steps import Step
+from orchestrator.store.rows import JobRow
+from orchestrator.store.store import Store
+from workers.types import Detach
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A step asked of a host, or (None) of a CPU task. Another job that has the same step waits for it."""
+
+    step: Step
+    job: str
+    attempt: int
+    host: str | None
+
+
+class Work:
+    """Shared by the parts of the controller; the one place where they change a status."""
+
+    def __init__(self, store: Store, cluster: Cluster, home: Path, clock: Callable[[], float]) -> None:
+        self.store = store
+        self.cluster = cluster
+        self.clock = clock
+        self.ledger = Ledger(store, home)
+        self.fleet = Fleet(cluster)
+        self.flights: dict[str, Flight] = {}
+        self.jobs: dict[str, JobRow] = {}
+        self.parents: dict[str, Status] = {}
+        self.ended: list[JobRow] = []
+        """Jobs that have finished since the controller last looked."""
+        self.host_failures: dict[str, int] = {}
+        """Base -> hosts of it lost in a row without a step or a score in between."""
+        self._orders: dict[str, Order] = {}
+
+    def refresh(self, run: str | None) -> None:
+        """Look at the store again: others submit jobs while the controller runs."""
+        self.jobs = {job.id: job for job in self.store.unfinished_jobs(run)}
+        self.parents = self.store.statuses({p for job in self.jobs.values() for p in job.depends_on})
+        for job in list(self.jobs):
+            try:
+                self.ledger.learn(self.order(job))
+            except ValueError:
+                log.exception("the stored plan of %s cannot be read", job)
+                words = "its stored plan cannot be read by this version of chorus; submit again"
+                self.switch(job, Reason.INTERNAL_ERROR, words)
+
+    def order(self, job: str) -> Order:
+        if job not in self._orders:
+            self._orders[job] = read_order((self.jobs.get(job) or self.store.job(job)).plan)
+        return self._orders[job]
+
+    def present(self, job: str, attempt: int) -> JobRow | None:
+        """The job if that attempt of it is still under way: a report of an old one is dropped."""
+        row = self.jobs.get(job)
+        return row if row is not None and row.attempt == attempt else None
+
+    # ---- status ----------------------------------------------------------------------------------------
+
+    def switch(
+        self, job: str, reason: Reason, message: str = "", *, host: str | None = None, who: str = "controller"
+    ) -> JobRow:
+        """Change a job's status; one that no longer runs gives back where it sat."""
+        row = self.store.switch_status(job, reason, message, who=who, host=host)
+        self.parents[job] = row.status
+        if row.status.finished:
+            self.jobs.pop(job, None)
+            self.ended += [row] if job in self._orders else []
+        else:
+            self.jobs[job] = row
+        if row.status.finished or row.status is Status.WAITING:
+            self.leave(row)
+        return row
+
+    def leave(self, job: JobRow) -> None:
+        """Take a job off its host. A slot in which it trains is free when the host says so."""
+        host = self.fleet.host_of(job.id)
+        if host is not None and job.id in host.residents:
+            attempt = host.residents[job.id]
+            if self.training(job.id, attempt) is not None:
+                self.cluster.send(host.name, Detach(job.id, attempt))
+            else:
+                self.fleet.vacate_slot(job.id, attempt)
+        self.fleet.vacate(job.id)
+
+    # ---- flights ---------------------------------------------------------------------------------------
+
+    def depart(self, step: Step, job: JobRow, host: str | None) -> None:
+        self.flights[step.id] = Flight(step, job.id, job.attempt, host)
+
+    def drop_flights(self, host: Host) -> None:
+        """The host is gone, and with it what it was asked for."""
+        self.flights = {key: flight for key, flight in self.flights.items() if flight.host != host.name}
+
+    def training(self, job: str, attempt: int) -> Flight | None:
+        """The training that an attempt was sent to do and has not come back from."""
+        asked = (flight for flight in self.flights.values() if flight.step.kind == "train")
+        return next((f for f in asked if (f.job, f.attempt) == (job, attempt)), None)
+
+    def drop_training(self, job: str, attempt: int) -> Flight | None:
+        """The attempt has left its slot, finished or not; what it was sent to do."""
+        self.fleet.vacate_slot(job, attempt)
+        flight = self.training(job, attempt)
+        return self.flights.pop(flight.step.id) if flight else None

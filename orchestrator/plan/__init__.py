@@ -1,0 +1,1 @@
+"""Plans: a pipeline as frozen steps with content ids."""

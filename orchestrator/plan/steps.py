@@ -1,0 +1,168 @@
+"""The values a plan is made of: steps, what each does, and the jobs that hold them. Pure; stored as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
+
+from orchestrator.recipe.model_folder import BaseDigests
+from workers.types import BaseSpec, EvaluationSpec, JobSpec
+
+JobKind = Literal["train", "fuse"]
+StepKind = Literal["evaluate_base", "train", "evaluate", "fuse", "register", "promote", "release"]
+
+# ---- what a step does -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EvaluateWhat:
+    """Score the base (`adapter` None), a step's adapter (its id), or a registered one (NAME@REF)."""
+
+    task: str
+    evaluation: EvaluationSpec
+    dataset_digest: str
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainWhat:
+    """Train one adapter. `spec` lacks its job, attempt and checkpoint folder; `attempt` fills them in."""
+
+    spec: JobSpec
+    train_digest: str
+    validation_digest: str
+
+    def attempt(self, job: str, attempt: int, checkpoint_dir: str) -> JobSpec:
+        return replace(self.spec, job=job, attempt=attempt, checkpoint_dir=checkpoint_dir)
+
+
+@dataclass(frozen=True)
+class FuseWhat:
+    """Fuse adapters: each a train step's id or a registered NAME@REF, beside its weight."""
+
+    rule: str
+    rank: int | None
+    adapters: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class RegisterWhat:
+    """Make an adapter a version. Every mapping goes from a task to the id of an evaluate step."""
+
+    name: str
+    task: str
+    adapter: str
+    """Id of the train or fuse step."""
+    scores: Mapping[str, str]
+    base_scores: Mapping[str, str]
+    parents: tuple[str, ...]
+    """Of a fused version: each a register step's id or a registered NAME@REF."""
+    recipe_yaml: str
+    recipe_digest: str
+    data_digest: str
+    base: BaseDigests
+
+
+@dataclass(frozen=True)
+class PromoteWhat:
+    """Judge a version with `gate.check`; every key is `<task>.<metric>`."""
+
+    name: str
+    promote: bool
+    gates: Mapping[str, str]
+    champion_margin: Mapping[str, float]
+    retention: Mapping[str, str]
+    scores: Mapping[str, str]
+    """Task -> id of the evaluate step of the version itself."""
+    parent_scores: Mapping[str, str]
+    """Task -> id of the evaluate step of the parent of that task; empty unless fused."""
+
+
+@dataclass(frozen=True)
+class ReleaseWhat:
+    """Write the champion of `name` to the absolute folder `out`."""
+
+    name: str
+    out: str
+    merged: bool
+
+
+What = EvaluateWhat | TrainWhat | FuseWhat | RegisterWhat | PromoteWhat | ReleaseWhat
+
+
+@dataclass(frozen=True)
+class Step:
+    id: str
+    kind: StepKind
+    needs: tuple[str, ...]
+    what: What
+
+
+# ---- jobs -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is known of a training job before it runs."""
+
+    adapter_parameters: int
+    adapter_bytes: int
+    """In float32, as PEFT saves it, header excluded."""
+    num_steps: int
+    train_rows: int
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """Steps in an order in which they can be done; a step needed from another job is that job's to do."""
+
+    name: str
+    kind: JobKind
+    depends_on: tuple[str, ...]
+    steps: tuple[Step, ...]
+    base: BaseSpec
+    world_size: int
+    host_key: str
+    """Jobs with one key can share a host."""
+    task: str
+    recipe: Mapping[str, Any]
+    """Canonical form."""
+    recipe_digest: str
+    priority: int = 50
+    team: str | None = None
+    max_duration: int | None = None
+    """Seconds."""
+    estimate: Estimate | None = None
+
+    def step(self, kind: StepKind) -> Step:
+        """The first step of a kind."""
+        return next(step for step in self.steps if step.kind == kind)
+
+    def to_json(self) -> dict[str, Any]:
+        return _JOB.dump_python(self, mode="json")
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> PlannedJob:
+        """The inverse of `to_json`."""
+        return _JOB.validate_python(value)
+
+
+@dataclass(frozen=True)
+class Plan:
+    name: str
+    key: str
+    """Content hash of the pipeline: submitting it twice is submitting it once."""
+    jobs: tuple[PlannedJob, ...]
+    recipe: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Canonical form of the pipeline."""
+
+    @property
+    def steps(self) -> dict[str, Step]:
+        """Every step once, by id."""
+        return {step.id: step for job in self.jobs for step in job.steps}
+
+
+_JOB: TypeAdapter[PlannedJob] = TypeAdapter(PlannedJob)

@@ -1,0 +1,203 @@
+"""The MLflow tracking server of one home: started, migrated, shared between commands, and ended.
+
+Owns `<home>/mlflow`: the SQLite file, the artifacts, the log and `server.json`. Imports no mlflow: the server
+is a process of its own, looked after by `orchestrator.registry.watch`. Every command that uses it holds a
+shared lock on `users.lock`, which the kernel drops however the command ends; the watcher ends the server when
+nobody holds it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import psutil
+
+from workers.types import BadInput
+
+STATE = "server.json"
+USERS = "users.lock"
+LOG = "server.log"
+
+
+class ServerFailed(RuntimeError):
+    """The tracking server did not come up; the message ends with the last lines of its log."""
+
+
+@dataclass
+class TrackingServer:
+    """A hold on the running server of a home. Ends the server on `stop` if nobody else holds it."""
+
+    url: str
+    home: Path
+    log: Path
+    started: bool
+    """False when another command had started it."""
+    _users: IO[str]
+    _watcher: subprocess.Popen[bytes] | None
+
+    def stop(self, seconds: float = 15.0) -> None:
+        """Let go of the server. Returns when it has ended, or at once if another command still uses it."""
+        if self._users.closed:
+            return
+        alone = _last_user(self._users)
+        self._users.close()
+        if alone and self._watcher is not None:
+            self._watcher.wait(seconds)
+
+    def __enter__(self) -> TrackingServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def start(home: Path, port: int | None = None, seconds: float = 120.0) -> TrackingServer:
+    """The server of `home`, started unless a command is running it already; answers `/health` on return.
+
+    `port` None takes the port of the last start if it is free, else any free one, so that a restarted server
+    keeps its address. Raises BadInput if the wanted port is taken, ServerFailed if the server is not up in
+    `seconds`.
+    """
+    folder = home.resolve() / "mlflow"
+    folder.mkdir(parents=True, exist_ok=True)
+    with _exclusive(folder / "start.lock"):
+        users = (folder / USERS).open("a")
+        fcntl.flock(users, fcntl.LOCK_SH)
+        try:
+            url = _watched_url(folder)
+            if url and _becomes_healthy(url, folder, seconds):
+                return TrackingServer(url, home, folder / LOG, False, users, None)
+            url = f"http://127.0.0.1:{_choose_port(folder, port)}"
+            watcher = _launch(folder, url)
+            _wait_healthy(url, watcher, folder / LOG, seconds)
+        except BaseException:
+            users.close()
+            raise
+    return TrackingServer(url, home, folder / LOG, True, users, watcher)
+
+
+def running_url(home: Path) -> str | None:
+    """The address of the server now running for `home`, None if there is none that answers."""
+    url = _watched_url(home.resolve() / "mlflow")
+    return url if url and healthy(url, seconds=5.0) else None
+
+
+def healthy(url: str, seconds: float = 2.0) -> bool:
+    """Whether a tracking server answers at `url`."""
+    try:
+        with urlopen(f"{url}/health", timeout=seconds) as answer:
+            return answer.read() == b"OK"
+    except (URLError, OSError, ValueError):
+        return False
+
+
+@contextmanager
+def _exclusive(path: Path) -> Generator[None]:
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _last_user(users: IO[str]) -> bool:
+    try:
+        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _read_state(folder: Path) -> dict[str, object] | None:
+    try:
+        return json.loads((folder / STATE).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _watched_url(folder: Path) -> str | None:
+    """The address recorded by a watcher that still runs; a process id may since belong to something else."""
+    state = _read_state(folder)
+    if not state or not state.get("pid"):
+        return None
+    try:
+        command = psutil.Process(int(str(state["pid"]))).cmdline()
+    except psutil.Error:
+        return None
+    return str(state["url"]) if str(folder) in command else None
+
+
+def _becomes_healthy(url: str, folder: Path, seconds: float) -> bool:
+    """Wait for a server that is being started again; False if its watcher gives up."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and _watched_url(folder) == url:
+        if healthy(url):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _choose_port(folder: Path, wanted: int | None) -> int:
+    if wanted is not None:
+        if not _port_is_free(wanted):
+            raise BadInput(
+                f"port {wanted} is in use; choose another with --port, or leave it out for a free one"
+            )
+        return wanted
+    last = str((_read_state(folder) or {}).get("url", "")).rpartition(":")[2]
+    if last.isdigit() and _port_is_free(int(last)):
+        return int(last)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _port_is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OverflowError:
+            raise BadInput(f"port {port} does not exist; choose one between 1024 and 65535") from None
+        except OSError:
+            return False
+    return True
+
+
+def _launch(folder: Path, url: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "orchestrator.registry.watch", str(folder), url]
+    with (folder / LOG).open("ab") as log:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def _wait_healthy(url: str, watcher: subprocess.Popen[bytes], log: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not healthy(url):
+        if watcher.poll() is not None:
+            raise ServerFailed(f"the MLflow server ended while starting; see {log}: {_last_line(log)}")
+        if time.monotonic() > deadline:
+            watcher.terminate()
+            watcher.wait()
+            raise ServerFailed(f"the MLflow server did not answer within {seconds:.0f} s; see {log}")
+        time.sleep(0.1)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "(empty)"
