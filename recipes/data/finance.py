@@ -16,8 +16,8 @@ COMPANIES = {
 }
 SECTORS = ("Bank", "Foods", "Mills", "Motors", "Paper", "Power", "Rail", "Steel", "Stores", "Timber")
 FIGURES = ("profit", "sales", "income", "orders", "trade")
-UP = (("rose", "rise"), ("grew", "grow"), ("went up", "go up"))
-DOWN = (("fell", "fall"), ("dropped", "drop"), ("went down", "go down"))
+UP = (("rose", "rise"), ("grew", "grow"))
+DOWN = (("fell", "fall"), ("dropped", "drop"))
 PERIODS = ("in March", "in June", "in the first quarter", "in the third quarter", "last year", "this spring")
 EXPECTED = ("expected", "planned")
 DAYS = ("on Monday", "on Tuesday", "on Friday", "today")
