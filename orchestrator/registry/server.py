@@ -72,7 +72,7 @@ def start(home: Path, port: int | None = None, seconds: float = 120.0) -> Tracki
     """
     folder = home.resolve() / "mlflow"
     folder.mkdir(parents=True, exist_ok=True)
-    with _exclusive(folder / "start.lock"):
+    with _exclusive(folder / "start.lock") as lock:
         users = (folder / USERS).open("a")
         fcntl.flock(users, fcntl.LOCK_SH)
         try:
@@ -80,7 +80,7 @@ def start(home: Path, port: int | None = None, seconds: float = 120.0) -> Tracki
             if url and _becomes_healthy(url, folder, seconds):
                 return TrackingServer(url, home, folder / LOG, False, users, None)
             url = f"http://127.0.0.1:{_choose_port(folder, port)}"
-            watcher = _launch(folder, url)
+            watcher = _launch(folder, url, lock)
             _wait_healthy(url, watcher, folder / LOG, seconds)
         except BaseException:
             users.close()
@@ -104,10 +104,11 @@ def healthy(url: str, seconds: float = 2.0) -> bool:
 
 
 @contextmanager
-def _exclusive(path: Path) -> Generator[None]:
+def _exclusive(path: Path) -> Generator[int]:
+    """Hold the lock until the block ends, and longer in a process that was given the descriptor."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield file.fileno()
 
 
 def _last_user(users: IO[str]) -> bool:
@@ -174,8 +175,9 @@ def _port_is_free(port: int) -> bool:
     return True
 
 
-def _launch(folder: Path, url: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "orchestrator.registry.watch", str(folder), url]
+def _launch(folder: Path, url: str, lock: int) -> subprocess.Popen[bytes]:
+    """A watcher that keeps `lock` until it can be found: one whose starter is killed is not started twice."""
+    command = [sys.executable, "-m", "orchestrator.registry.watch", str(folder), url, str(lock)]
     with (folder / LOG).open("ab") as log:
         return subprocess.Popen(
             command,
@@ -183,6 +185,7 @@ def _launch(folder: Path, url: str) -> subprocess.Popen[bytes]:
             stdout=log,
             stderr=log,
             start_new_session=True,
+            pass_fds=[lock],
         )
 
 

@@ -1,11 +1,13 @@
-"""`python -m orchestrator.registry.watch FOLDER URL`: keep one MLflow server alive while somebody uses it.
+"""`python -m orchestrator.registry.watch FOLDER URL LOCK`: one MLflow server, alive while somebody uses it.
 
-Owns the server's process group. Restarts a server that dies, on the same port; ends it when no process holds
-`users.lock` any more, however that process ended. Writes `server.json`. Not for use by hand.
+Owns the server's process group and the making of its database. Restarts a server that dies, on the same
+port; ends it when no process holds `users.lock` any more, however that process ended. Writes `server.json`;
+until then it keeps the descriptor LOCK open, which holds `start.lock`. Not for use by hand.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -19,6 +21,7 @@ from urllib.parse import urlsplit
 
 from orchestrator.registry.server import STATE, USERS, healthy
 
+DATABASE = "mlflow.db"
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 5.0
 
@@ -31,26 +34,56 @@ ENVIRONMENT = {
 }
 
 
-def main(folder: Path, url: str) -> int:
+def main(folder: Path, url: str, lock: int) -> int:
     """Watch until the last user has gone (0), or until a server ends that never answered (its exit status).
 
     Starting such a server again would not help; any other one is started again.
     """
     signal.signal(signal.SIGTERM, _leave)
     users = os.open(folder / USERS, os.O_RDWR)
-    server = None
+    _write_state(folder, url, os.getpid())
+    # Whoever started this may be dead already: from here on the next command finds us.
+    os.close(lock)
     try:
-        while True:
-            server = _start_server(folder, url)
-            _write_state(folder, url, os.getpid())
-            answered = _watch(server, url, users)
-            _end(server)
-            if not answered:
-                return server.returncode or 1
+        failed = _make_database(folder, users)
+        while not failed:
+            failed = _serve(folder, url, users)
+        return failed
     finally:
-        if server is not None:
-            _end(server)
         _write_state(folder, url, None)
+
+
+def _make_database(folder: Path, users: int) -> int:
+    """Migrate an empty database aside and rename it when it is whole; the exit status of MLflow.
+
+    SQLite commits each table by itself, and MLflow does not take up a migration that was killed between two.
+    """
+    database = folder / DATABASE
+    for stale in folder.glob(f"new-*-{DATABASE}*"):
+        stale.unlink(missing_ok=True)
+    if database.exists():
+        return 0
+    scratch = folder / f"new-{os.getpid()}-{DATABASE}"
+    migration = _spawn(["db", "upgrade", f"sqlite:///{scratch}"], folder)
+    try:
+        while migration.poll() is None:
+            _leave_if_alone(users)
+            time.sleep(POLL_SECONDS)
+    finally:
+        _end(migration)
+    if migration.returncode == 0:
+        scratch.rename(database)
+    return migration.returncode
+
+
+def _serve(folder: Path, url: str, users: int) -> int:
+    """One life of the server; 0 if it ever answered, else its exit status."""
+    server = _start_server(folder, url)
+    try:
+        answered = _watch(server, url, users)
+    finally:
+        _end(server)
+    return 0 if answered else server.returncode or 1
 
 
 def _leave(_signal: int, _frame: object) -> None:
@@ -58,15 +91,20 @@ def _leave(_signal: int, _frame: object) -> None:
 
 
 def _start_server(folder: Path, url: str) -> subprocess.Popen[bytes]:
-    """One worker, SQLite and proxied artifacts under `folder`; `mlflow server` migrates before it listens."""
+    """One worker, SQLite and proxied artifacts under `folder`."""
     address = urlsplit(url)
-    command = [sys.executable, "-m", "mlflow", "server", "--host", str(address.hostname)]
+    command = ["server", "--host", str(address.hostname)]
     command += ["--port", str(address.port), "--workers", "1", "--serve-artifacts"]
     command += ["--uvicorn-opts", "--no-access-log"]
-    command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+    command += ["--backend-store-uri", f"sqlite:///{folder / DATABASE}"]
     command += ["--artifacts-destination", str(folder / "artifacts")]
+    return _spawn(command, folder)
+
+
+def _spawn(command: list[str], folder: Path) -> subprocess.Popen[bytes]:
+    """`mlflow COMMAND` in a process group of its own."""
     return subprocess.Popen(
-        command,
+        [sys.executable, "-m", "mlflow", *command],
         cwd=folder,
         stdin=subprocess.DEVNULL,
         env={**os.environ, **ENVIRONMENT},
@@ -76,7 +114,7 @@ def _start_server(folder: Path, url: str) -> subprocess.Popen[bytes]:
 
 
 def _die_with_parent() -> None:
-    """Have the kernel end the server if the watcher itself is killed (prctl PR_SET_PDEATHSIG, Linux)."""
+    """Have the kernel end the child if the watcher itself is killed (prctl PR_SET_PDEATHSIG, Linux)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
@@ -84,24 +122,21 @@ def _watch(server: subprocess.Popen[bytes], url: str, users: int) -> bool:
     """Wait for the server to die; whether it ever answered. Ends this program when the last user has gone."""
     answered = False
     while server.poll() is None:
-        if _nobody_left(users):
-            sys.exit(0)
+        _leave_if_alone(users)
         answered = answered or healthy(url)
         time.sleep(POLL_SECONDS)
     return answered
 
 
-def _nobody_left(users: int) -> bool:
-    """Whether no command holds the lock any more.
+def _leave_if_alone(users: int) -> None:
+    """End this program when no command holds the lock any more.
 
     Once taken it is kept to the end of this process: a command that arrives now waits for it, then finds no
     server and starts its own.
     """
-    try:
+    with contextlib.suppress(BlockingIOError):
         fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        sys.exit(0)
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
@@ -134,4 +169,4 @@ def _write_state(folder: Path, url: str, pid: int | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])))

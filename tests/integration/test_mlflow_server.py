@@ -2,9 +2,11 @@
 
 import json
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import psutil
 import pytest
@@ -80,6 +82,39 @@ def test_server_started_again_keeps_port_and_runs(tmp_path):
     with tracking_server.start(tmp_path) as second:
         assert (second.url, second.started) == (first.url, True)
         assert MlflowRegistry(second.url).start_run("key", "jobs", "job", {}, {}) == run
+
+
+def in_migration(home) -> bool:
+    """Whether a database of `home`, whatever its name, has the first table of a migration that makes six."""
+    files = [path for path in (home / "mlflow").glob("*mlflow.db*") if not path.name.endswith("-journal")]
+    return any("mcp_servers" in tables(file) for file in files)
+
+
+def tables(file) -> set[str]:
+    try:
+        with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True, timeout=0)) as database:
+            rows = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+    except sqlite3.Error:
+        return set()
+    return {name for (name,) in rows}
+
+
+def test_server_whose_first_migration_was_killed_starts_again(tmp_path):
+    command = other_command(tmp_path)
+    deadline = time.monotonic() + SECONDS
+    command_itself = psutil.Process(command.pid)
+    while not in_migration(tmp_path):
+        assert time.monotonic() < deadline
+        assert command.poll() is None
+    everything = [*reversed(command_itself.children(recursive=True)), command_itself]
+    for process in everything:
+        process.kill()
+    command.communicate()
+    assert all_end(everything)
+    with tracking_server.start(tmp_path) as again:
+        assert tracking_server.healthy(again.url)
+    kept = {path.name for path in (tmp_path / "mlflow").glob("*mlflow.db*")}
+    assert kept == {"mlflow.db"}
 
 
 def test_server_on_a_port_in_use_is_refused_in_one_sentence(tmp_path):
