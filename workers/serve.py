@@ -238,5 +238,5 @@ if __name__ == "__main__":
     status = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    # DeepSpeed holds on to the group, and gloo's threads can abort an interpreter that winds down: leave at once.
+    # DeepSpeed holds on to gloo's group, whose threads can abort an interpreter that winds down.
     os._exit(status)

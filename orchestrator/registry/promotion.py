@@ -27,7 +27,7 @@ from workers.types import BadInput
 RELEASES = "releases"
 CHAMPION, PREVIOUS = "champion", "previous"
 Kind = Literal["promote", "rollback"]
-RECORDED_TAGS = ("adapter.digest", "manifest.digest", "base.digest", "recipe.hash", "fusion.parents")
+RECORDED_TAGS = ("adapter.digest", "manifest.digest", "base.digest", "recipe.digest", "fusion.parents")
 """Tags of the version that its release record repeats."""
 MAX_TAG = 8000
 

@@ -112,10 +112,10 @@ def balanced(_sign: int, rng: random.Random) -> str:
 
 # How often each wording is used. Wordings that turn a move round come as often as those that do not.
 SIGNED: tuple[tuple[Callable[[int, random.Random], str], int], ...] = (
-    (plain, 4),
+    (plain, 3),
     (more_than_expected, 3),
-    (less_than_expected, 4),
-    (denied, 4),
+    (less_than_expected, 5),
+    (denied, 5),
     (although, 1),
     (but, 2),
 )
