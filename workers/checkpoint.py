@@ -33,8 +33,10 @@ class Progress:
     bad_steps: int
     """Bad ones in a row, up to now."""
     reports: tuple[dict[str, Any], ...] = ()
-    """Fields of every StepDone since the checkpoint before: told again by whoever resumes from this one, for
-    a listener that was gone may not have heard them."""
+    """Fields of the latest StepDone: told again by whoever resumes from this one, for a listener that was
+    gone may not have heard them."""
+    validations: tuple[dict[str, Any], ...] = ()
+    """Fields of the latest Validated, for the same reason."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ def load(path: Path) -> Checkpoint:
     """Raises CorruptFolder if a byte differs from the manifest."""
     verify_folder(path)
     fields = json.loads((path / PROGRESS).read_text())
-    progress = Progress(**{**fields, "reports": tuple(fields["reports"])})
+    told = {key: tuple(fields.get(key, ())) for key in ("reports", "validations")}
+    progress = Progress(**{**fields, **told})
     return Checkpoint(read_adapter(path), load_file(path / OPTIMIZER), progress)
 
 

@@ -167,8 +167,7 @@ class Host:
             self.base.slots.free(slot)
             return [JobStopped(spec.job, spec.attempt, 0, "bad_data", message)]
         self.residents[spec.job] = resident
-        told_again, resident.reports = resident.reports, []
-        return [resident.attached(), *told_again, *self._go_on(resident)]
+        return [resident.attached(), *resident.reports, *self._go_on(resident)]
 
     def _detach(self, job: str, attempt: int) -> list[Event]:
         resident = self.residents.get(job)
@@ -213,7 +212,6 @@ class Host:
         problem = self._written(lambda: checkpoint.save(folder, state, self.base.spec.digest))
         if problem:
             return self._stop(resident, *problem)
-        resident.reports.clear()
         path = checkpoint.path_of(folder, resident.step)
         return CheckpointSaved(spec.job, spec.attempt, resident.step, str(path))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from workers.ranks import Ranks
 from workers.rows import Row
 from workers.step import Share, target_count
 from workers.types import Attached, BadInput, JobSpec, StepDone, Validated
+
+TOLD_AGAIN = 1000
+"""Reports a checkpoint carries. Several checkpoints may be written while the listener is busy elsewhere, so
+those since the last one are not enough; it may miss this many before it is killed."""
 
 
 @dataclass
@@ -38,8 +43,8 @@ class Resident:
     loss: float = 0.0
     """This rank's part of the current step's loss so far."""
     started: float = 0.0
-    reports: list[StepDone] = field(default_factory=list)
-    """Of the steps since the last checkpoint."""
+    reports: deque[StepDone | Validated] = field(default_factory=lambda: deque(maxlen=TOLD_AGAIN))
+    """The latest, in order, those of former attempts included."""
 
     @property
     def finished(self) -> bool:
@@ -70,7 +75,9 @@ class Resident:
         return outcome, seconds
 
     def progress(self) -> checkpoint.Progress:
-        return checkpoint.Progress(self.step, self.bad_steps, tuple(asdict(r) for r in self.reports))
+        steps = tuple(asdict(told) for told in self.reports if isinstance(told, StepDone))
+        validations = tuple(asdict(told) for told in self.reports if isinstance(told, Validated))
+        return checkpoint.Progress(self.step, self.bad_steps, steps, validations)
 
     # -- events ----------------------------------------------------------------------------------------
 
@@ -95,7 +102,9 @@ class Resident:
         return report
 
     def validated(self, loss: float) -> Validated:
-        return Validated(self.spec.job, self.spec.attempt, self.step, loss)
+        report = Validated(self.spec.job, self.spec.attempt, self.step, loss)
+        self.reports.append(report)
+        return report
 
     def due(self, per_epoch: int) -> bool:
         """Whether something done `per_epoch` times an epoch, and at the very end, is due after this step."""
@@ -127,6 +136,8 @@ def settle(base: Base, spec: JobSpec, slot: int, resume_from: Path | None) -> Re
         base.slots.overwrite(slot, saved.adapter)
         resident.optimizer.restore(saved.optimizer, saved.progress.step)
         resident.step, resident.bad_steps = saved.progress.step, saved.progress.bad_steps
-        told = [StepDone(**report) for report in saved.progress.reports]
-        resident.reports = [replace(report, attempt=spec.attempt) for report in told]
+        told: list[StepDone | Validated] = [StepDone(**report) for report in saved.progress.reports]
+        told += [Validated(**report) for report in saved.progress.validations]
+        told.sort(key=lambda report: report.step)
+        resident.reports.extend(replace(report, attempt=spec.attempt) for report in told)
     return resident

@@ -13,7 +13,7 @@ from tests.numerics.jobs import adapters, attach, run, test_base, three_jobs
 from workers import checkpoint
 from workers.host import Host
 from workers.ranks import Ranks
-from workers.types import Attach, Attached, Detach, JobSpec, StepDone
+from workers.types import Attach, Attached, Detach, JobSpec, StepDone, Validated
 
 
 def dropped_out(job: JobSpec) -> JobSpec:
@@ -54,21 +54,25 @@ def test_resume_in_a_new_process_from_the_newest_checkpoint_is_bit_identical(tmp
     assert_same(adapters(events), undisturbed)
 
 
-def test_resume_tells_the_steps_of_its_checkpoint_again(tmp_path):
+def test_resume_tells_what_came_before_its_checkpoint_again(tmp_path):
     base = test_base(tmp_path)
     job = three_jobs(tmp_path, steps=14)[0]
-    job = replace(job, training=replace(job.training, saves_per_epoch=1))
-    lost = Host.load(base, Ranks())
-    lost.apply(Attach(job))
-    told = [
-        event for _ in range(30) if lost.residents for event in lost.tick() if isinstance(event, StepDone)
-    ]
+    job = replace(job, validation=job.train, training=replace(job.training, saves_per_epoch=2))
+    told = figures(run(base, {0: attach(job)}))
     shutil.rmtree(checkpoint.newest(Path(job.checkpoint_dir)))
     shutil.rmtree(Path(job.checkpoint_dir) / "adapter")
-    events = run(base, {0: attach(replace(job, attempt=2))})
-    again = [event for event in events if isinstance(event, StepDone)]
-    assert [event.step for event in again] == list(range(7, 15))
-    assert [event.loss for event in again] == [event.loss for event in told if event.step >= 7]
+    # Killed again, right after the first new checkpoint and before anybody listened.
+    run(base, {0: attach(replace(job, attempt=2))})
+    shutil.rmtree(Path(job.checkpoint_dir) / "adapter")
+    events = run(base, {0: attach(replace(job, attempt=3))})
+    assert next(event.step for event in events if isinstance(event, Attached)) == 14
+    assert figures(events) == told
+    assert {event.attempt for event in events if isinstance(event, StepDone | Validated)} == {3}
+
+
+def figures(events):
+    told = [event for event in events if isinstance(event, StepDone | Validated)]
+    return [(type(event).__name__, event.step, event.loss) for event in told]
 
 
 def test_resume_passes_over_a_torn_checkpoint(tmp_path):
