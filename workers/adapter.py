@@ -55,10 +55,14 @@ class Adapter:
         return {name: rank for name, rank in ranks.items() if rank != self.r}
 
     def scaling(self, name: str) -> float:
-        """lora_alpha / r (arXiv 2106.09685 section 4.1), or lora_alpha / sqrt(r) with rsLoRA (2312.03732)."""
+        """What `B @ A` of the module is multiplied by."""
         rank = self.factors[name][0].shape[0]
-        alpha = self.alpha_pattern.get(name, self.lora_alpha)
-        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+        return lora_scaling(self.alpha_pattern.get(name, self.lora_alpha), rank, self.use_rslora)
+
+
+def lora_scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
+    """lora_alpha / r (arXiv 2106.09685 section 4.1), or lora_alpha / sqrt(r) with rsLoRA (2312.03732)."""
+    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 
 
 def short_names(chosen: Collection[str], every: Collection[str]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from workers.adapter import Adapter, short_names
+from workers.adapter import Adapter, lora_scaling, short_names
 from workers.types import AdapterSpec, BadInput
 
 
@@ -90,12 +90,14 @@ class Slots:
     def create(self, slot: int, spec: AdapterSpec, seed: int) -> list[nn.Parameter]:
         """Put a fresh adapter in `slot`: A uniform as PEFT draws it, B zero. Returns its parameters."""
         factors = {}
+        scaling = lora_scaling(spec.lora_alpha, spec.r, spec.use_rslora)
         for name in self.matching(spec.target_modules):
             layer = self.layers[name]
             generator = torch.Generator().manual_seed(_seed_of(seed, name))
             bound = 1 / math.sqrt(layer.in_features)  # kaiming_uniform with a = sqrt(5)
             a = torch.empty(spec.r, layer.in_features).uniform_(-bound, bound, generator=generator)
-            factors[name] = self._pair(layer, a, torch.zeros(layer.out_features, spec.r), spec)
+            b = torch.zeros(layer.out_features, spec.r)
+            factors[name] = self._pair(layer, a, b, scaling, spec.lora_dropout)
         self._factors[slot] = factors
         return self.parameters(slot)
 
@@ -106,9 +108,7 @@ class Slots:
             layer = self.layers.get(name)
             if layer is None or (layer.in_features, layer.out_features) != (a.shape[1], b.shape[0]):
                 raise BadInput(f"the adapter's module '{name}' does not fit this base; train it on this one")
-            spec = AdapterSpec(a.shape[0], 1.0)
-            factors[name] = self._pair(layer, a, b, spec)
-            factors[name].scaling = adapter.scaling(name)
+            factors[name] = self._pair(layer, a, b, adapter.scaling(name))
         self._factors[slot] = factors
 
     def overwrite(self, slot: int, adapter: Adapter) -> None:
@@ -139,13 +139,12 @@ class Slots:
         self._factors.pop(slot, None)
 
     @staticmethod
-    def _pair(layer: nn.Linear, a: Tensor, b: Tensor, spec: AdapterSpec) -> Factors:
+    def _pair(layer: nn.Linear, a: Tensor, b: Tensor, scaling: float, dropout: float = 0.0) -> Factors:
         # Adapters train in float32 on a half-precision base, as PEFT's do; in float64 on a float64 base.
         dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-        scaling = spec.lora_alpha / (math.sqrt(spec.r) if spec.use_rslora else spec.r)
         device = layer.weight.device
         a, b = a.to(device, dtype).clone(), b.to(device, dtype).clone()
-        return Factors(nn.Parameter(a), nn.Parameter(b), scaling, spec.lora_dropout)
+        return Factors(nn.Parameter(a), nn.Parameter(b), scaling, dropout)
 
     # -- one micro-batch -------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ state can touch another's.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -78,8 +79,6 @@ class JobOptimizer:
 
 def _quietly_advance(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
     """Advance by one. torch warns when no step came first, which is right here: a bad step is left out."""
-    import warnings
-
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)`")
         schedule.step()
