@@ -16,6 +16,7 @@ from torch import nn
 
 from workers import head, lora
 from workers.ranks import Ranks
+from workers.slots import Slots
 from workers.types import BadInput, BaseSpec
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -28,7 +29,8 @@ class Base:
     spec: BaseSpec
     model: Any
     tokenizer: Any
-    slots: lora.Slots
+    slots: Slots
+    adapters: lora.Adapters
     zero: Literal["none", "3"]
     device: torch.device
     parameters: int
@@ -84,19 +86,25 @@ def load_base(spec: BaseSpec, ranks: Ranks) -> Base:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    slots = lora.install(model, excluded=[model.get_output_embeddings()])
-    head.install(model)
-    device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
+    device = _device()
+    slots = Slots(
+        lora.linear_layers(model, excluded=[model.get_output_embeddings()]), DTYPES[spec.dtype], device
     )
-    base = Base(spec, model, tokenizer, slots, zero, device, parameters, _keep_alive=keep_alive)
+    adapters = lora.Adapters(slots, "fused" if device.type == "cuda" else "exact")
+    lora.install(adapters)
+    head.install(model)
+    base = Base(spec, model, tokenizer, slots, adapters, zero, device, parameters, _keep_alive=keep_alive)
     if zero == "3":
         _partition(base)
     else:
         model.to(device)
     return base
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def _zero_mode(spec: BaseSpec, ranks: Ranks) -> Literal["none", "3"]:
