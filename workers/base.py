@@ -16,7 +16,7 @@ from torch import nn
 
 from workers import head, lora
 from workers.ranks import Ranks
-from workers.slots import Slots
+from workers.slots import Arithmetic, Slots
 from workers.types import BadInput, BaseSpec
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -87,10 +87,9 @@ def load_base(spec: BaseSpec, ranks: Ranks) -> Base:
         model.train()
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     device = _device()
-    slots = Slots(
-        lora.linear_layers(model, excluded=[model.get_output_embeddings()]), DTYPES[spec.dtype], device
-    )
-    adapters = lora.Adapters(slots, "fused" if device.type == "cuda" else "exact")
+    layers = lora.linear_layers(model, excluded=[model.get_output_embeddings()])
+    slots = Slots(layers, DTYPES[spec.dtype], device, _arithmetic(spec, device))
+    adapters = lora.Adapters(slots)
     lora.install(adapters)
     head.install(model)
     base = Base(spec, model, tokenizer, slots, adapters, zero, device, parameters, _keep_alive=keep_alive)
@@ -105,6 +104,13 @@ def _device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def _arithmetic(spec: BaseSpec, device: torch.device) -> Arithmetic:
+    """`auto` gives plain PEFT's bits where that costs little, and speed on a GPU."""
+    if spec.arithmetic == "auto":
+        return "fused" if device.type == "cuda" else "exact"
+    return spec.arithmetic
 
 
 def _zero_mode(spec: BaseSpec, ranks: Ranks) -> Literal["none", "3"]:

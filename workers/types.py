@@ -35,6 +35,8 @@ class BaseSpec:
     """Passed through to DeepSpeed's `zero_optimization` block."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     activation_checkpointing: bool = False
+    arithmetic: Literal["auto", "exact", "fused"] = "auto"
+    """Of the adapters: exact rounds as PEFT does, bit for bit; fused is faster. auto: exact on a CPU."""
     slots: int = 8
     tokens_per_tick: int = 4096
     """Padded tokens one rank may hold in one micro-batch, and spend in one tick."""
