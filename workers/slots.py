@@ -20,7 +20,7 @@ from workers.dropout import seed_of
 from workers.types import AdapterSpec, BadInput
 
 Arithmetic = Literal["exact", "fused"]
-"""exact: PEFT's precision, operations and order. fused: the base's precision, the fewest passes over memory."""
+"""exact: PEFT's precision, operations and order. fused: the base's precision, fewest passes over memory."""
 
 
 @dataclass
