@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from workers import head, lora
+from workers.memory import COPIES
 from workers.ranks import Ranks
 from workers.types import BadInput, BaseSpec
 
@@ -51,6 +52,17 @@ class Base:
             return "none"
         coordinator = self.engine.optimizer.get_param_coordinator()
         return str(coordinator._PartitionedParameterCoordinator__trace_mode.name)
+
+    def abandon_pass(self) -> None:
+        """After a pass that failed on all ranks: give back what it had gathered."""
+        if self.engine is not None:
+            self.engine.optimizer.release_backward_leftovers()
+            self.engine.optimizer.get_param_coordinator().release_and_reset_all(self.model)
+
+    @property
+    def bytes_per_parameter(self) -> int:
+        """Of an adapter in a slot: weight, gradient and AdamW's two moments, float32 at least."""
+        return COPIES * torch.promote_types(DTYPES[self.spec.dtype], torch.float32).itemsize
 
     @property
     def partitioned(self) -> bool:
@@ -123,7 +135,13 @@ def _announce_zero3(spec: BaseSpec) -> Any:
 
     # DeepSpeed would compile a shared-memory all-reduce that only its inference engine calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if not torch.distributed.is_initialized() and "MASTER_ADDR" not in os.environ:
+        # One process that nobody launched: DeepSpeed would ask MPI who it is.
+        alone = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=alone, rank=0, world_size=1)
+        os.environ.setdefault("LOCAL_RANK", "0")
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     # DeepSpeed's early partitioning knows no float64; such a base is partitioned after loading instead.
     return None if spec.dtype == "float64" else HfDeepSpeedConfig(_deepspeed_config(spec))
 

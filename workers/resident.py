@@ -9,6 +9,7 @@ from pathlib import Path
 
 from workers import checkpoint
 from workers.base import Base
+from workers.capacity import chunk_tokens
 from workers.compose import Chunk, cut_step
 from workers.data import encode_all
 from workers.optim import JobOptimizer, StepOutcome
@@ -36,10 +37,13 @@ class Resident:
     step: int = 0
     """Steps done."""
     bad_steps: int = 0
+    chunk_tokens: int = 4096
+    """The base file's, until a chunk did not fit in memory."""
     chunks: list[Chunk] = field(default_factory=list)
     """What the current step still needs."""
     target_tokens: int = 0
     tokens: int = 0
+    padded_tokens: int = 0
     loss: float = 0.0
     """This rank's part of the current step's loss so far."""
     started: float = 0.0
@@ -51,6 +55,10 @@ class Resident:
         return self.step >= self.num_steps
 
     @property
+    def adapter_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.optimizer.parameters)
+
+    @property
     def share(self) -> Share:
         training = self.spec.training
         return Share(self.slot, training.seed, self.step, self.spec.adapter.lora_dropout, self.target_tokens)
@@ -60,11 +68,18 @@ class Resident:
         training = self.spec.training
         samples = batch_samples(training.seed, self.step, len(self.rows), training.global_batch_size)
         batch = [self.rows[sample] for sample in samples]
-        self.chunks = cut_step(batch, ranks.world_size, base.spec.tokens_per_tick, base.longest)
+        self.chunks = cut_step(batch, ranks.world_size, self.chunk_tokens, base.longest)
         self.target_tokens = target_count(batch)
         self.tokens = sum(len(row.input_ids) for row in batch)
+        self.padded_tokens = sum(chunk.padded_tokens for chunk in self.chunks)
         self.loss = 0.0
         self.started = self.started or time.monotonic()
+
+    def begin_step_again(self, base: Base, ranks: Ranks) -> None:
+        """Drop what the current step has summed up so far, and begin it anew."""
+        for parameter in self.optimizer.parameters:
+            parameter.grad = None
+        self.begin_step(base, ranks)
 
     def end_step(self) -> tuple[StepOutcome, float]:
         """Step the optimizer on reduced gradients. Returns the outcome and the step's wall seconds."""
@@ -82,9 +97,10 @@ class Resident:
     # -- events ----------------------------------------------------------------------------------------
 
     def attached(self) -> Attached:
-        trainable = sum(parameter.numel() for parameter in self.optimizer.parameters)
         spec = self.spec
-        return Attached(spec.job, spec.attempt, self.step, self.num_steps, len(self.rows), trainable)
+        return Attached(
+            spec.job, spec.attempt, self.step, self.num_steps, len(self.rows), self.adapter_parameters
+        )
 
     def report(self, loss: float, outcome: StepOutcome, seconds: float) -> StepDone:
         report = StepDone(
@@ -97,6 +113,7 @@ class Resident:
             self.tokens,
             seconds,
             skipped=not outcome.finite,
+            padded_tokens=self.padded_tokens,
         )
         self.reports.append(report)
         return report
@@ -131,6 +148,7 @@ def settle(base: Base, spec: JobSpec, slot: int, resume_from: Path | None) -> Re
     parameters = base.slots.create(slot, spec.adapter, training.seed)
     steps = num_steps(training, len(rows))
     resident = Resident(spec, slot, rows, validation, steps, JobOptimizer(parameters, training, steps))
+    resident.chunk_tokens = chunk_tokens(base.spec)
     if resume_from is not None:
         saved = checkpoint.load(resume_from)
         base.slots.overwrite(slot, saved.adapter)

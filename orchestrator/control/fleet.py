@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from orchestrator.contracts import Cluster
 from orchestrator.placement import HostView, NewHost
 from orchestrator.queue import Need
-from workers.types import BaseSpec, HostReady
+from workers.types import BaseSpec, HostMeasured, HostReady
 
 
 @dataclass
@@ -20,6 +20,7 @@ class Host:
     slots: int
     on_gpus: bool
     ready: HostReady | None = None
+    measured: HostMeasured | None = None
     residents: dict[str, int] = field(default_factory=dict[str, int])
     """Job in a slot -> its attempt. A cancelled one stays until the host says that it has left."""
     visitors: set[str] = field(default_factory=set[str])
