@@ -33,7 +33,9 @@ class BaseSpec:
     zero: Literal["auto", "none", "3"] = "auto"
     deepspeed: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Passed through to DeepSpeed's `zero_optimization` block."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
+    load_in_4bit: bool = False
+    """NF4 by bitsandbytes; on a GPU and with `zero` none."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     activation_checkpointing: bool = False
     slots: int = 8
     tokens_per_tick: int | Literal["auto"] = 4096
