@@ -19,10 +19,10 @@ from workers import head, lora
 from workers.int8 import Int8, store
 from workers.memory import COPIES
 from workers.ranks import Ranks
+from workers.slots import Slots
 from workers.types import BadInput, BaseSpec
 
 INT8 = "zero_quantized_nontrainable_weights"
-_CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -33,7 +33,8 @@ class Base:
     spec: BaseSpec
     model: Any
     tokenizer: Any
-    slots: lora.Slots
+    slots: Slots
+    adapters: lora.Adapters
     zero: Literal["none", "3"]
     device: torch.device
     parameters: int
@@ -65,8 +66,14 @@ class Base:
 
     @property
     def bytes_per_parameter(self) -> int:
-        """Of an adapter in a slot: weight, gradient and AdamW's two moments, float32 at least."""
-        return COPIES * torch.promote_types(DTYPES[self.spec.dtype], torch.float32).itemsize
+        """Of an adapter in a slot: weight, gradient and AdamW's two moments, float32 at least.
+
+        A GPU holds a copy of the weights in the base's dtype beside them, if that is another.
+        """
+        dtype = DTYPES[self.spec.dtype]
+        trained = torch.promote_types(dtype, torch.float32)
+        copied = dtype.itemsize if self.device.type == "cuda" and dtype != trained else 0
+        return COPIES * trained.itemsize + copied
 
     @property
     def partitioned(self) -> bool:
@@ -98,9 +105,12 @@ def load_base(spec: BaseSpec, ranks: Ranks) -> Base:
     if spec.load_in_4bit:
         parameters = model.num_parameters()  # two weights share a byte
     _freeze(model, spec)
-    slots = lora.install(model, excluded=[model.get_output_embeddings()])
+    layers = lora.linear_layers(model, excluded=[model.get_output_embeddings()])
+    slots = Slots(layers, DTYPES[spec.dtype], device)
+    adapters = lora.Adapters(slots, "fused" if device.type == "cuda" else "exact")
+    lora.install(adapters)
     head.install(model)
-    base = Base(spec, model, tokenizer, slots, zero, device, parameters, _keep_alive=keep_alive)
+    base = Base(spec, model, tokenizer, slots, adapters, zero, device, parameters, _keep_alive=keep_alive)
     if zero == "3":
         _partition(base)
     elif not spec.load_in_4bit:
@@ -109,7 +119,9 @@ def load_base(spec: BaseSpec, ranks: Ranks) -> Base:
 
 
 def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def _zero_mode(spec: BaseSpec, ranks: Ranks) -> Literal["none", "3"]:

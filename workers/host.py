@@ -16,7 +16,7 @@ from workers import checkpoint
 from workers.adapter import Adapter, read_adapter
 from workers.base import Base, load_base
 from workers.capacity import Capacity, chunk_tokens
-from workers.compose import Chunk, MicroBatch, compose, cut_step
+from workers.compose import MicroBatch, compose, cut_step
 from workers.evaluate import evaluate
 from workers.lora import Segment
 from workers.manifest import verify_folder
@@ -137,18 +137,22 @@ class Host:
         return [OutOfMemory(job, spec.attempt, resident.step, micro_batch.tokens, most)]
 
     def _end_steps(self, complete: list[Resident]) -> list[Event]:
-        reduce_gradients(self.ranks, [p for resident in complete for p in resident.optimizer.parameters])
-        losses = self.ranks.sum_(torch.tensor([r.loss for r in complete], dtype=torch.float64)).tolist()
+        if not complete:
+            return []
+        reduce_gradients(self.ranks, [resident.optimizer.slot.weights for resident in complete])
+        norms = torch.stack([resident.optimizer.step() for resident in complete])
+        losses = self.ranks.sum_(torch.stack([r.loss_on(norms.device) for r in complete]))
         events: list[Event] = []
-        for resident, loss in zip(complete, losses, strict=True):
-            events += self._end_step(resident, loss)
+        # The tick's one look at the device: everything before it is queued there.
+        figures = torch.stack([losses.double(), norms.double()]).tolist()
+        for resident, loss, norm in zip(complete, *figures, strict=True):
+            events += self._end_step(resident, loss, norm)
         return events
 
-    def _end_step(self, resident: Resident, loss: float) -> list[Event]:
-        """Step one job; then whatever is due after it: validation, a checkpoint, the end."""
+    def _end_step(self, resident: Resident, loss: float, grad_norm: float) -> list[Event]:
+        """What is due after a step: its report, validation, a checkpoint, the end."""
         training = resident.spec.training
-        outcome, seconds = resident.end_step()
-        events: list[Event] = [resident.report(loss, outcome, seconds)]
+        events: list[Event] = [resident.end_step(loss, grad_norm)]
         if resident.bad_steps >= training.max_bad_steps:
             words = f"the gradient was not finite in {resident.bad_steps} steps in a row"
             return [*events, self._stop(resident, "diverged", words)]
@@ -181,13 +185,12 @@ class Host:
         chunks = cut_step(
             resident.validation, self.ranks.world_size, chunk_tokens(self.base.spec), self.base.longest
         )
-        total = sum(self._forward_only(chunk, share) for chunk in chunks)
-        return float(self.ranks.sum_(torch.tensor([total], dtype=torch.float64)))
-
-    def _forward_only(self, chunk: Chunk, share: Share) -> float:
-        micro_batch = MicroBatch(chunk.padded_length, (("validation", chunk),))
-        losses = forward_only(self.base, self.ranks, micro_batch, {"validation": share})
-        return losses.get("validation", 0.0)
+        total = torch.zeros((), dtype=torch.float64, device=self.base.device)
+        for chunk in chunks:
+            micro_batch = MicroBatch(chunk.padded_length, (("validation", chunk),))
+            for loss in forward_only(self.base, self.ranks, micro_batch, {"validation": share}).values():
+                total += loss
+        return float(self.ranks.sum_(total))
 
     # -- commands --------------------------------------------------------------------------------------
 
@@ -251,7 +254,7 @@ class Host:
             verify_folder(Path(command.adapter_dir))
             base.slots.load(slot, read_adapter(Path(command.adapter_dir)))
             segments = [Segment(slot, 0, ALL_ROWS)]
-        with base.slots.rows(segments), torch.no_grad():
+        with base.adapters.rows(segments), torch.no_grad():
             return evaluate(base.model, base.tokenizer, self.ranks, command.evaluation, base.device)
 
     # -- leaving, saving, and what can go wrong --------------------------------------------------------

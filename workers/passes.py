@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from workers.base import Base
 from workers.compose import MicroBatch
@@ -37,7 +38,7 @@ class Passes:
             # Not the ranks' own group: there, the agreement could pair up with another rank's gather.
             self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
-    def run(self, micro_batch: MicroBatch, shares: Mapping[str, Share]) -> dict[str, float] | None:
+    def run(self, micro_batch: MicroBatch, shares: Mapping[str, Share]) -> dict[str, Tensor] | None:
         """This rank's part of each job's loss; None, on every rank, if memory ran out on any.
 
         Gradients of the jobs in a pass that ran out are worth nothing afterwards. Raises what else went

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from workers import checkpoint
 from workers.base import Base
 from workers.capacity import chunk_tokens
 from workers.compose import Chunk, cut_step
 from workers.data import encode_all
-from workers.optim import JobOptimizer, StepOutcome
+from workers.optim import JobOptimizer
 from workers.order import batch_samples, num_steps, steps_per_epoch
 from workers.ranks import Ranks
 from workers.rows import Row
@@ -44,8 +48,8 @@ class Resident:
     target_tokens: int = 0
     tokens: int = 0
     padded_tokens: int = 0
-    loss: float = 0.0
-    """This rank's part of the current step's loss so far."""
+    loss: Tensor | float = 0.0
+    """This rank's part of the current step's loss so far, on the device."""
     started: float = 0.0
     reports: deque[StepDone | Validated] = field(default_factory=lambda: deque(maxlen=TOLD_AGAIN))
     """The latest, in order, those of former attempts included."""
@@ -56,7 +60,7 @@ class Resident:
 
     @property
     def adapter_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.optimizer.parameters)
+        return self.optimizer.slot.weights.numel()
 
     @property
     def share(self) -> Share:
@@ -77,17 +81,37 @@ class Resident:
 
     def begin_step_again(self, base: Base, ranks: Ranks) -> None:
         """Drop what the current step has summed up so far, and begin it anew."""
-        for parameter in self.optimizer.parameters:
-            parameter.grad = None
+        gradient = self.optimizer.slot.weights.grad
+        assert gradient is not None, "a slot always has its gradient"
+        gradient.zero_()
         self.begin_step(base, ranks)
 
-    def end_step(self) -> tuple[StepOutcome, float]:
-        """Step the optimizer on reduced gradients. Returns the outcome and the step's wall seconds."""
-        outcome = self.optimizer.step()
+    def loss_on(self, device: torch.device) -> Tensor:
+        """`loss` as a float64 scalar, also where no row of the step came to this rank."""
+        return torch.as_tensor(self.loss, dtype=torch.float64, device=device)
+
+    def end_step(self, loss: float, grad_norm: float) -> StepDone:
+        """Count the step that the optimizer has just taken, or left out, and report it."""
+        finite, rate = math.isfinite(grad_norm), self.optimizer.learning_rate
         self.step += 1
-        self.bad_steps = 0 if outcome.finite else self.bad_steps + 1
+        self.bad_steps = 0 if finite else self.bad_steps + 1
+        self.optimizer.set_step(self.step)
         seconds, self.started = time.monotonic() - self.started, time.monotonic()
-        return outcome, seconds
+        job, attempt = self.spec.job, self.spec.attempt
+        report = StepDone(
+            job,
+            attempt,
+            self.step,
+            loss,
+            grad_norm,
+            rate,
+            self.tokens,
+            seconds,
+            skipped=not finite,
+            padded_tokens=self.padded_tokens,
+        )
+        self.reports.append(report)
+        return report
 
     def progress(self) -> checkpoint.Progress:
         steps = tuple(asdict(told) for told in self.reports if isinstance(told, StepDone))
@@ -97,26 +121,8 @@ class Resident:
     # -- events ----------------------------------------------------------------------------------------
 
     def attached(self) -> Attached:
-        spec = self.spec
-        return Attached(
-            spec.job, spec.attempt, self.step, self.num_steps, len(self.rows), self.adapter_parameters
-        )
-
-    def report(self, loss: float, outcome: StepOutcome, seconds: float) -> StepDone:
-        report = StepDone(
-            self.spec.job,
-            self.spec.attempt,
-            self.step,
-            loss,
-            outcome.grad_norm,
-            outcome.learning_rate,
-            self.tokens,
-            seconds,
-            skipped=not outcome.finite,
-            padded_tokens=self.padded_tokens,
-        )
-        self.reports.append(report)
-        return report
+        spec, trainable = self.spec, self.adapter_parameters
+        return Attached(spec.job, spec.attempt, self.step, self.num_steps, len(self.rows), trainable)
 
     def validated(self, loss: float) -> Validated:
         report = Validated(self.spec.job, self.spec.attempt, self.step, loss)
@@ -145,9 +151,9 @@ def settle(base: Base, spec: JobSpec, slot: int, resume_from: Path | None) -> Re
         )
     rows = encode_all(base.tokenizer, spec.train, training.sequence_len)
     validation = encode_all(base.tokenizer, spec.validation, training.sequence_len) if spec.validation else []
-    parameters = base.slots.create(slot, spec.adapter, training.seed)
+    optimized = base.slots.create(slot, spec.adapter, training.seed)
     steps = num_steps(training, len(rows))
-    resident = Resident(spec, slot, rows, validation, steps, JobOptimizer(parameters, training, steps))
+    resident = Resident(spec, slot, rows, validation, steps, JobOptimizer(optimized, training, steps))
     resident.chunk_tokens = chunk_tokens(base.spec)
     if resume_from is not None:
         saved = checkpoint.load(resume_from)

@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workers.base import Base
 from workers.compose import MicroBatch
-from workers.head import target_logits
-from workers.lora import DropoutKey, Segment
+from workers.dropout import DropoutKey
+from workers.head import target_loss
+from workers.lora import Segment
 from workers.ranks import Ranks
 from workers.rows import Row
 
@@ -49,31 +49,37 @@ class Batch:
 
 def forward_backward(
     base: Base, ranks: Ranks, micro_batch: MicroBatch, shares: Mapping[str, Share]
-) -> dict[str, float]:
-    """Accumulate every present job's gradient. Returns this rank's part of each job's loss."""
+) -> dict[str, Tensor]:
+    """Accumulate every present job's gradient. Returns this rank's part of each job's loss (scalars)."""
     batch = build_batch(micro_batch, ranks.rank, shares, base.pad_id)
-    losses_P = _losses(base, batch)
-    (losses_P * batch.weights_P.to(losses_P)).sum().backward()
+    with base.adapters.rows(batch.segments):
+        total, losses_P = _losses(base, batch)
+        # Inside: with activation checkpointing the way back runs the layers forward once more.
+        total.backward()
     return _by_job(batch, losses_P, shares)
 
 
 @torch.no_grad()
 def forward_only(
     base: Base, ranks: Ranks, micro_batch: MicroBatch, shares: Mapping[str, Share]
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
     """The losses alone, for validation."""
     batch = build_batch(micro_batch, ranks.rank, shares, base.pad_id)
-    return _by_job(batch, _losses(base, batch), shares)
+    with base.adapters.rows(batch.segments):
+        return _by_job(batch, _losses(base, batch)[1], shares)
 
 
-def reduce_gradients(ranks: Ranks, parameters: Sequence[nn.Parameter]) -> None:
-    """Sum the gradients of all jobs that end their step in this tick, in one flat buffer."""
-    if ranks.world_size == 1 or not parameters:
+def reduce_gradients(ranks: Ranks, weights: Sequence[nn.Parameter]) -> None:
+    """Sum over ranks the gradients of all jobs that end their step in this tick, in one flat buffer."""
+    grads = [weight.grad for weight in weights if weight.grad is not None]
+    if ranks.world_size == 1 or not grads:
         return
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = ranks.sum_(torch.cat([grad.flatten() for grad in grads]))
-    for parameter, grad in zip(parameters, flat.split([g.numel() for g in grads]), strict=True):
-        parameter.grad = grad.view_as(parameter).clone()
+    if len(grads) == 1:
+        ranks.sum_(grads[0])
+        return
+    flat = ranks.sum_(torch.cat(grads))
+    for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(summed)
 
 
 def build_batch(micro_batch: MicroBatch, rank: int, shares: Mapping[str, Share], pad_id: int) -> Batch:
@@ -125,19 +131,19 @@ def _padded(sequences: Sequence[Sequence[int]], length: int, pad_id: int) -> Ten
     return torch.tensor([[*sequence, *[pad_id] * (length - len(sequence))] for sequence in sequences])
 
 
-def _losses(base: Base, batch: Batch) -> Tensor:
-    """Cross-entropy [P] of every target."""
-    with base.slots.rows(batch.segments):
-        logits_PV = target_logits(
-            base.model, batch.positions_P.to(base.device), input_ids=batch.input_ids_RT.to(base.device)
-        )
-    logits_PV = logits_PV.to(torch.promote_types(logits_PV.dtype, torch.float32))
-    return F.cross_entropy(logits_PV, batch.labels_P.to(base.device), reduction="none")
+def _losses(base: Base, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The weighted sum of all targets' cross-entropies, to go back from, and each one [P]."""
+    device = base.device
+    return target_loss(
+        base.model,
+        batch.positions_P.to(device),
+        batch.labels_P.to(device),
+        batch.weights_P.to(device),
+        input_ids=batch.input_ids_RT.to(device),
+    )
 
 
-def _by_job(batch: Batch, losses_P: Tensor, shares: Mapping[str, Share]) -> dict[str, float]:
+def _by_job(batch: Batch, losses_P: Tensor, shares: Mapping[str, Share]) -> dict[str, Tensor]:
     """Each job's part of its batch loss, summed in float64 so that the order of rows does not show."""
-    exact_P = losses_P.detach().double().cpu()
-    return {
-        job: float(exact_P[start:stop].sum()) / shares[job].target_tokens for job, start, stop in batch.spans
-    }
+    exact_P = losses_P.double()
+    return {job: exact_P[start:stop].sum() / shares[job].target_tokens for job, start, stop in batch.spans}

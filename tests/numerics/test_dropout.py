@@ -7,7 +7,9 @@ from dataclasses import replace
 import torch
 
 from tests.numerics.jobs import adapters, attach, distance, run, test_base, three_jobs
-from workers.lora import DropoutKey, LoraLinear, Segment, install
+from workers.dropout import DropoutKey
+from workers.lora import Adapters, LoraLinear, Segment, install, linear_layers
+from workers.slots import Slots
 from workers.types import AdapterSpec
 
 
@@ -37,18 +39,29 @@ def test_dropout_split_over_ranks_draws_the_same_masks(tmp_path):
         assert distance(two[job.job].factors, one[job.job].factors) < 1e-5
 
 
+def adapted(model, spec):
+    """`model` with one fresh adapter in slot 0, and what its layers consult."""
+    slots = Slots(linear_layers(model), torch.float32, torch.device("cpu"))
+    adapters = Adapters(slots, "exact")
+    install(adapters)
+    slots.create(0, spec, seed=0)
+    return adapters
+
+
+def set_to_identity(slot):
+    for a, b in slot.values().values():
+        a.copy_(torch.eye(*a.shape))
+        b.copy_(torch.eye(*b.shape))
+
+
 def test_dropout_keeps_its_rate_and_scales_what_is_kept():
     model = torch.nn.Sequential(torch.nn.Linear(400, 400, bias=False)).requires_grad_(False)
     torch.nn.init.zeros_(model[0].weight)
-    slots = install(model)
-    slots.create(0, AdapterSpec(r=400, lora_alpha=400, lora_dropout=0.25), seed=0)
+    adapters = adapted(model, AdapterSpec(r=400, lora_alpha=400, lora_dropout=0.25))
     assert isinstance(model[0], LoraLinear)
-    a, b = slots.parameters(0)
-    with torch.no_grad():
-        a.copy_(torch.eye(400))
-        b.copy_(torch.eye(400))
+    set_to_identity(adapters.slots[0])
     key = DropoutKey(seed=1, step=2, sample=3, tokens=250)
-    with slots.rows([Segment(0, 0, 1, (key,))]):
+    with adapters.rows([Segment(0, 0, 1, (key,))]):
         y = model(torch.ones(1, 300, 400))
     real, padding = y[0, :250], y[0, 250:]
     assert sorted(real.unique().tolist()) == [0.0, torch.tensor(1 / 0.75).item()]
@@ -58,17 +71,17 @@ def test_dropout_keeps_its_rate_and_scales_what_is_kept():
 
 def test_dropout_masks_differ_between_modules_steps_and_samples():
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)).requires_grad_(False)
-    slots = install(model)
-    slots.create(0, AdapterSpec(r=64, lora_alpha=64, lora_dropout=0.5), seed=0)
+    for layer in model:
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    adapters = adapted(model, AdapterSpec(r=64, lora_alpha=64, lora_dropout=0.5))
+    set_to_identity(adapters.slots[0])
     seen = set()
-    for index in range(len(model)):
+    for layer in model:
         for step in (0, 1):
             for sample in (0, 1):
                 key = DropoutKey(0, step, sample, tokens=16)
-                name = str(index)
-                with slots.rows([Segment(0, 0, 1, (key,))]), torch.no_grad():
-                    slots.parameters(0)[2 * index + 1].copy_(torch.eye(64))
-                    slots.parameters(0)[2 * index].copy_(torch.eye(64))
-                    update = slots.add(name, index, torch.ones(1, 16, 64), torch.zeros(1, 16, 64))
+                with adapters.rows([Segment(0, 0, 1, (key,))]), torch.no_grad():
+                    update = layer(torch.ones(1, 16, 64))
                 seen.add(tuple((update == 0).flatten().tolist()))
     assert len(seen) == 8

@@ -21,8 +21,8 @@ def test_memory_of_a_slot_is_its_parameters_gradients_and_moments_to_the_byte(tm
     resident = host.residents[job.job]
     assert resident.step > 0, "AdamW has its moments after the first step"
     moments = [value for name, value in resident.optimizer.tensors().items() if not name.endswith("step")]
-    held = sum(p.nbytes + p.nbytes for p in resident.optimizer.parameters)  # weights, gradients
-    held += sum(moment.nbytes for moment in moments)
+    weights = resident.optimizer.slot.weights
+    held = weights.nbytes + weights.grad.nbytes + sum(moment.nbytes for moment in moments)
     assert held == host.base.bytes_per_parameter * resident.adapter_parameters
 
 

@@ -1,0 +1,178 @@
+"""The adapters resident on a base: a slot is one job's factors in a flat buffer, and their gradients in another.
+
+The factors of a layer are views into the buffers, so the optimizer, the norm and the reduction over ranks
+work on one tensor a job. They live outside the module tree: ZeRO-3 neither partitions nor sees them.
+Shapes: D features in, O features out; r rank; n numbers of an adapter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from workers.adapter import Adapter, lora_scaling, short_names
+from workers.dropout import seed_of
+from workers.types import AdapterSpec, BadInput
+
+
+@dataclass
+class Factors:
+    """One job's pair for one linear layer: A [r, D], B [O, r], and where their gradients are summed."""
+
+    a: Tensor
+    b: Tensor
+    a_grad: Tensor
+    b_grad: Tensor
+    scaling: float
+    dropout: float
+
+    @property
+    def r(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def scaling_is_exact(self) -> bool:
+        """A power of two: multiplying by it rounds nothing, so it may be applied wherever it is cheapest."""
+        return math.frexp(self.scaling)[0] == 0.5
+
+
+class Slot:
+    """One adapter. `weights` [n] is what is trained; `weights.grad` is always there."""
+
+    def __init__(
+        self,
+        values: Mapping[str, tuple[Tensor, Tensor]],
+        scaling: Mapping[str, float],
+        dropout: float,
+        products: torch.dtype,
+    ) -> None:
+        """`values[layer]` are A and B as they start. Layers multiply by copies in `products`."""
+        flat = torch.cat([tensor.flatten() for pair in values.values() for tensor in pair])
+        self.weights = nn.Parameter(flat)
+        self.weights.grad = torch.zeros_like(flat)
+        self._read = flat if products == flat.dtype else flat.to(products)
+        shapes = [tensor.shape for pair in values.values() for tensor in pair]
+        self.grads = _views(self.weights.grad, shapes)
+        self._weights = dict(zip(values, _pairs(_views(flat, shapes)), strict=True))
+        pairs = zip(values, _pairs(_views(self._read, shapes)), _pairs(self.grads), strict=True)
+        self.factors = {
+            layer: Factors(a, b, a_grad, b_grad, scaling[layer], dropout)
+            for layer, (a, b), (a_grad, b_grad) in pairs
+        }
+
+    def values(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Layer -> (A, B), views in the precision they are trained in."""
+        return self._weights
+
+    def refresh(self) -> None:
+        """Let the products see what the optimizer, or a checkpoint, has written."""
+        if self._read.dtype != self.weights.dtype:
+            self._read.copy_(self.weights.detach())
+
+
+class Slots:
+    """Every adapter on a base, by slot number, and the linear layers they may sit on."""
+
+    def __init__(self, layers: Mapping[str, nn.Linear], dtype: torch.dtype, device: torch.device) -> None:
+        """`dtype` and `device` are the base's."""
+        self.layers = dict(layers)
+        # Adapters train in float32 on a half-precision base, as PEFT's do; in float64 on a float64 base.
+        self._dtype = torch.promote_types(dtype, torch.float32)
+        self._device = device
+        # A GPU multiplies in the base's precision; a CPU, to give PEFT's bits, in the adapter's.
+        self._products = dtype if device.type == "cuda" else self._dtype
+        self._slots: dict[int, Slot] = {}
+
+    def __getitem__(self, slot: int) -> Slot:
+        return self._slots[slot]
+
+    def matching(self, target_modules: str | Sequence[str]) -> list[str]:
+        """Layers that `target_modules` selects, by PEFT's rule: a name's whole or dotted end matches.
+
+        Raises BadInput when an entry selects nothing.
+        """
+        if target_modules == "all-linear":
+            return list(self.layers)
+        found: set[str] = set()
+        for target in target_modules:
+            hits = {name for name in self.layers if name == target or name.endswith(f".{target}")}
+            if not hits:
+                known = sorted({name.rsplit(".", 1)[-1] for name in self.layers})
+                raise BadInput(
+                    f"lora_target_modules: '{target}' matches no linear layer of the base; "
+                    f"it has {', '.join(known)}"
+                )
+            found |= hits
+        return [name for name in self.layers if name in found]
+
+    def create(self, slot: int, spec: AdapterSpec, seed: int) -> Slot:
+        """Put a fresh adapter in `slot`: A uniform as PEFT draws it, B zero."""
+        values = {}
+        for name in self.matching(spec.target_modules):
+            layer = self.layers[name]
+            generator = torch.Generator().manual_seed(seed_of(seed, name))
+            bound = 1 / math.sqrt(layer.in_features)  # kaiming_uniform with a = sqrt(5)
+            a = torch.empty(spec.r, layer.in_features).uniform_(-bound, bound, generator=generator)
+            values[name] = (a, torch.zeros(layer.out_features, spec.r))
+        scaling = lora_scaling(spec.lora_alpha, spec.r, spec.use_rslora)
+        return self._put(slot, values, dict.fromkeys(values, scaling), spec.lora_dropout)
+
+    def load(self, slot: int, adapter: Adapter) -> None:
+        """Put a saved adapter in `slot`, without dropout. Raises BadInput if it does not fit the base."""
+        for name, (a, b) in adapter.factors.items():
+            layer = self.layers.get(name)
+            if layer is None or (layer.in_features, layer.out_features) != (a.shape[1], b.shape[0]):
+                raise BadInput(f"the adapter's module '{name}' does not fit this base; train it on this one")
+        self._put(slot, adapter.factors, {name: adapter.scaling(name) for name in adapter.factors}, 0.0)
+
+    def overwrite(self, slot: int, adapter: Adapter) -> None:
+        """Copy a checkpoint's values into the weights that `slot` already has."""
+        into = self._slots[slot].values()
+        for name, (a, b) in adapter.factors.items():
+            into[name][0].copy_(a)
+            into[name][1].copy_(b)
+        self._slots[slot].refresh()
+
+    def export(self, slot: int, spec: AdapterSpec, base_model: str) -> Adapter:
+        """The adapter in `slot`, as it would be saved."""
+        factors = self._slots[slot].values()
+        return Adapter(
+            factors,
+            spec.r,
+            spec.lora_alpha,
+            spec.use_rslora,
+            spec.lora_dropout,
+            base_model=base_model,
+            target_modules=short_names(factors, self.layers),
+        )
+
+    def free(self, slot: int) -> None:
+        """Empty `slot`; an empty one stays empty."""
+        self._slots.pop(slot, None)
+
+    def _put(
+        self,
+        slot: int,
+        values: Mapping[str, tuple[Tensor, Tensor]],
+        scaling: Mapping[str, float],
+        dropout: float,
+    ) -> Slot:
+        def placed(tensor: Tensor) -> Tensor:
+            return tensor.to(self._device, self._dtype)
+
+        moved = {name: (placed(a), placed(b)) for name, (a, b) in values.items()}
+        self._slots[slot] = Slot(moved, scaling, dropout, self._products)
+        return self._slots[slot]
+
+
+def _views(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    parts = flat.split([shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _pairs(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(tensors[::2], tensors[1::2], strict=True))
