@@ -7,6 +7,8 @@ and the head, and only then let DeepSpeed hook the modules, so that its trace ne
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from workers import head, lora
+from workers import beside, head, lora
 from workers.int8 import Int8, store
 from workers.memory import COPIES
 from workers.ranks import Ranks
@@ -39,7 +41,6 @@ class Base:
     device: torch.device
     parameters: int
     engine: Any = None
-    _keep_alive: Any = None
 
     @property
     def longest(self) -> int:
@@ -89,17 +90,17 @@ def load_base(spec: BaseSpec, ranks: Ranks) -> Base:
     folder, zero = Path(spec.path), _zero_mode(spec, ranks)
     _refuse_what_is_not_causal(folder)
     _refuse_options(spec, zero)
-    keep_alive = _announce_zero3(spec, ranks) if zero == "3" else None
     device = _device()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=DTYPES[spec.dtype],
-        attn_implementation=spec.attention,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-        **(_four_bits(spec, device) if spec.load_in_4bit else {}),
-    )
+    with _partitioned_from_the_start(spec, ranks) if zero == "3" else nullcontext():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES[spec.dtype],
+            attn_implementation=spec.attention,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **(_four_bits(spec, device) if spec.load_in_4bit else {}),
+        )
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     if spec.load_in_4bit:
@@ -108,9 +109,9 @@ def load_base(spec: BaseSpec, ranks: Ranks) -> Base:
     layers = lora.linear_layers(model, excluded=[model.get_output_embeddings()])
     slots = Slots(layers, DTYPES[spec.dtype], device)
     adapters = lora.Adapters(slots, "fused" if device.type == "cuda" else "exact")
-    lora.install(adapters)
+    (beside if spec.load_in_4bit else lora).install(adapters)
     head.install(model)
-    base = Base(spec, model, tokenizer, slots, adapters, zero, device, parameters, _keep_alive=keep_alive)
+    base = Base(spec, model, tokenizer, slots, adapters, zero, device, parameters)
     if zero == "3":
         _partition(base)
     elif not spec.load_in_4bit:
@@ -119,9 +120,11 @@ def load_base(spec: BaseSpec, ranks: Ranks) -> Base:
 
 
 def _device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    """This rank's own GPU; torchrun numbers those of one machine, Ray shows each rank just one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _zero_mode(spec: BaseSpec, ranks: Ranks) -> Literal["none", "3"]:
@@ -222,13 +225,15 @@ def _deepspeed_config(spec: BaseSpec) -> dict[str, Any]:
     }
 
 
-def _announce_zero3(spec: BaseSpec, ranks: Ranks) -> Any:
-    """While the returned object lives, `from_pretrained` loads weights already partitioned."""
+@contextmanager
+def _partitioned_from_the_start(spec: BaseSpec, ranks: Ranks) -> Generator[None]:
+    """Within the block, `from_pretrained` loads weights already partitioned."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     config = _deepspeed_config(spec)
     try:
@@ -240,7 +245,13 @@ def _announce_zero3(spec: BaseSpec, ranks: Ranks) -> Any:
     ranks.form_group()  # or DeepSpeed looks for MPI when one rank has no group
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     # DeepSpeed's early partitioning knows no float64; such a base is partitioned after loading instead.
-    return None if spec.dtype == "float64" else HfDeepSpeedConfig(config)
+    announced = None if spec.dtype == "float64" else HfDeepSpeedConfig(config)
+    try:
+        yield
+    finally:
+        # By name: a plain base loaded later by this process would come partitioned if the object lived on.
+        del announced
+        unset_hf_deepspeed_config()
 
 
 def _first_mistake(error: Any, model: Any) -> str:

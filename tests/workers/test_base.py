@@ -91,3 +91,10 @@ def test_base_never_drops_anything_out_itself(tmp_path):
     first, second = (base.model(input_ids=rows_RT).logits for _ in range(2))
     assert base.model.training
     assert torch.equal(first, second)
+
+
+def test_base_that_is_plain_loads_plain_beside_a_partitioned_one(spec):
+    partitioned = load_base(replace(spec, zero="3"), Ranks())
+    plain = load_base(replace(spec, zero="none"), Ranks())
+    assert partitioned.engine is not None
+    assert not any(hasattr(parameter, "ds_id") for parameter in plain.model.parameters())
