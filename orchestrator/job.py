@@ -44,6 +44,7 @@ class Reason(StrEnum):
     WAITS_FOR_PARENTS = "waits_for_parents"
     WAITS_FOR_HOST = "waits_for_host"
     WAITS_FOR_SLOT = "waits_for_slot"
+    WAITS_FOR_MEMORY = "waits_for_memory"
     WAITS_FOR_CPU = "waits_for_cpu"
     PLACED = "placed"
     ATTACHED = "attached"
@@ -84,6 +85,7 @@ REASONS: dict[Reason, ReasonRow] = {
     Reason.WAITS_FOR_PARENTS: ReasonRow(Status.WAITING, MANY, "waits for the jobs it depends on"),
     Reason.WAITS_FOR_HOST: ReasonRow(Status.WAITING, MANY, "waits for a host to load its base"),
     Reason.WAITS_FOR_SLOT: ReasonRow(Status.WAITING, MANY, "waits for a free slot on a host of its base"),
+    Reason.WAITS_FOR_MEMORY: ReasonRow(Status.WAITING, MANY, "waits for memory on a host of its base"),
     Reason.WAITS_FOR_CPU: ReasonRow(Status.WAITING, MANY, "waits for a free CPU"),
     Reason.PLACED: ReasonRow(Status.STARTING, MANY, "placed on a host"),
     Reason.ATTACHED: ReasonRow(Status.RUNNING, MANY, "running"),

@@ -26,6 +26,18 @@ class HostView:
     """Jobs in its slots."""
     visitors: frozenset[str] = frozenset()
     """Jobs that are scored on it and hold no slot."""
+    adapter_parameters: int = 0
+    """Of its residents together."""
+    adapter_room: int | None = None
+    """How many its memory has room for in all, by its own measure; None before it has measured."""
+
+    def takes(self, adapter_parameters: int) -> bool:
+        """Whether one more adapter fits beside its residents', as far as is known."""
+        return self.adapter_room is None or self.adapter_parameters + adapter_parameters <= self.adapter_room
+
+    def never_takes(self, adapter_parameters: int) -> bool:
+        """Whether an adapter would not fit if it had the host for itself."""
+        return self.adapter_room is not None and adapter_parameters > self.adapter_room
 
     @property
     def idle(self) -> bool:
@@ -57,6 +69,8 @@ class Room:
         self.opened: list[NewHost] = []
         self.closed: list[str] = []
         self._next_name = name_seed
+        self._short_of_memory: set[str] = set()
+        """Bases of which a job waits for memory: what gets free is that job's, or a large one starves."""
         self._on_gpus = capacity.gpus > 0 or any(host.on_gpus for host in self.hosts.values())
         self._free_ranks = int(capacity.gpus if self._on_gpus else capacity.cpus)
         self._all_ranks = self._free_ranks + sum(host.world_size for host in self.hosts.values())
@@ -72,8 +86,8 @@ class Room:
         if (host := self._warm_host(job)) is not None:
             self._seat(host, job)
             return Place(host.name)
-        if self._hosts_of(job.base):
-            return Reason.WAITS_FOR_SLOT
+        if hosts := self._hosts_of(job.base):
+            return self._why_not(job, hosts)
         if job.world_size > self._all_ranks:
             return Reason.TOO_LARGE
         return self._open(job) if may_open else Reason.WAITS_FOR_HOST
@@ -97,8 +111,21 @@ class Room:
         """The fullest host that still takes the job: the others empty sooner."""
         hosts = self._hosts_of(job.base)
         if job.need is Need.SLOT:
-            hosts = [host for host in hosts if len(host.residents) < host.slots]
+            hosts = [host for host in hosts if self._has_slot(host, job)]
         return max(hosts, key=lambda host: (len(host.residents), host.name), default=None)
+
+    def _has_slot(self, host: HostView, job: Waiting) -> bool:
+        free = len(host.residents) < host.slots and job.base not in self._short_of_memory
+        return free and host.takes(job.adapter_parameters)
+
+    def _why_not(self, job: Waiting, hosts: list[HostView]) -> Reason:
+        """Why no host of its base takes a job that wants a slot."""
+        if all(host.never_takes(job.adapter_parameters) for host in hosts):
+            return Reason.OUT_OF_MEMORY
+        if all(len(host.residents) >= host.slots for host in hosts):
+            return Reason.WAITS_FOR_SLOT
+        self._short_of_memory.add(job.base)
+        return Reason.WAITS_FOR_MEMORY
 
     def _open(self, job: Waiting) -> Place | Reason:
         """A new host for the job's base, all its ranks or none; idle hosts of other bases make room."""
@@ -129,7 +156,8 @@ class Room:
 
     def _seat(self, host: HostView, job: Waiting) -> None:
         if job.need is Need.SLOT:
-            host = replace(host, residents=host.residents | {job.job})
+            parameters = host.adapter_parameters + job.adapter_parameters
+            host = replace(host, residents=host.residents | {job.job}, adapter_parameters=parameters)
         else:
             host = replace(host, visitors=host.visitors | {job.job})
         self.hosts[host.name] = host

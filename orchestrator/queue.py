@@ -35,6 +35,8 @@ class Waiting:
     priority: int
     submitted_at: float
     parents: tuple[Status, ...] = ()
+    adapter_parameters: int = 0
+    """Of the adapter it trains."""
 
 
 def in_order(jobs: Iterable[Waiting]) -> tuple[Waiting, ...]:

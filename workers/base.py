@@ -7,18 +7,24 @@ and the head, and only then let DeepSpeed hook the modules, so that its trace ne
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from workers import head, lora
+from workers import beside, head, lora
+from workers.int8 import Int8, store
+from workers.memory import COPIES
 from workers.ranks import Ranks
 from workers.slots import Arithmetic, Slots
 from workers.types import BadInput, BaseSpec
 
+INT8 = "zero_quantized_nontrainable_weights"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -35,7 +41,6 @@ class Base:
     device: torch.device
     parameters: int
     engine: Any = None
-    _keep_alive: Any = None
 
     @property
     def longest(self) -> int:
@@ -54,6 +59,23 @@ class Base:
         coordinator = self.engine.optimizer.get_param_coordinator()
         return str(coordinator._PartitionedParameterCoordinator__trace_mode.name)
 
+    def abandon_pass(self) -> None:
+        """After a pass that failed on all ranks: give back what it had gathered."""
+        if self.engine is not None:
+            self.engine.optimizer.release_backward_leftovers()
+            self.engine.optimizer.get_param_coordinator().release_and_reset_all(self.model)
+
+    @property
+    def bytes_per_parameter(self) -> int:
+        """Of an adapter in a slot: weight, gradient and AdamW's two moments, float32 at least.
+
+        Fused arithmetic holds a copy of the weights in the base's dtype beside them, if that is another.
+        """
+        dtype = DTYPES[self.spec.dtype]
+        trained = torch.promote_types(dtype, torch.float32)
+        copied = dtype.itemsize if self.slots.arithmetic == "fused" and dtype != trained else 0
+        return COPIES * trained.itemsize + copied
+
     @property
     def partitioned(self) -> bool:
         """Whether this rank holds only its share of the weights between passes."""
@@ -62,48 +84,47 @@ class Base:
 
 
 def load_base(spec: BaseSpec, ranks: Ranks) -> Base:
-    """Collective. Raises BadInput if the folder holds no usable model."""
+    """Collective. Raises BadInput if the folder holds no usable model, or this machine cannot hold it so."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = Path(spec.path)
-    if not (folder / "config.json").is_file():
-        raise BadInput(f"base_model: {folder} has no config.json; it must be a Hugging Face model folder")
-    zero = _zero_mode(spec, ranks)
-    keep_alive = _announce_zero3(spec) if zero == "3" else None
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=DTYPES[spec.dtype],
-        attn_implementation=spec.attention,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    model.requires_grad_(False)
-    model.eval()
-    model.config.use_cache = False
-    if spec.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    folder, zero = Path(spec.path), _zero_mode(spec, ranks)
+    _refuse_what_is_not_causal(folder)
+    _refuse_options(spec, zero)
     device = _device()
+    with _partitioned_from_the_start(spec, ranks) if zero == "3" else nullcontext():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES[spec.dtype],
+            attn_implementation=spec.attention,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **(_four_bits(spec, device) if spec.load_in_4bit else {}),
+        )
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    if spec.load_in_4bit:
+        parameters = model.num_parameters()  # two weights share a byte
+    _freeze(model, spec)
     layers = lora.linear_layers(model, excluded=[model.get_output_embeddings()])
     slots = Slots(layers, DTYPES[spec.dtype], device, _arithmetic(spec, device))
     adapters = lora.Adapters(slots)
-    lora.install(adapters)
+    (beside if spec.load_in_4bit else lora).install(adapters)
     head.install(model)
-    base = Base(spec, model, tokenizer, slots, adapters, zero, device, parameters, _keep_alive=keep_alive)
+    base = Base(spec, model, tokenizer, slots, adapters, zero, device, parameters)
     if zero == "3":
         _partition(base)
-    else:
+    elif not spec.load_in_4bit:
         model.to(device)
     return base
 
 
 def _device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    """This rank's own GPU; torchrun numbers those of one machine, Ray shows each rank just one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _arithmetic(spec: BaseSpec, device: torch.device) -> Arithmetic:
@@ -120,26 +141,137 @@ def _zero_mode(spec: BaseSpec, ranks: Ranks) -> Literal["none", "3"]:
     return spec.zero
 
 
+def _freeze(model: Any, spec: BaseSpec) -> None:
+    """No weight learns, nothing is cached, and the base drops nothing out, in training mode either."""
+    model.requires_grad_(False)
+    model.eval()
+    model.config.use_cache = False
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    if spec.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()  # transformers checkpoints in training mode alone
+
+
+# ---- what is refused ---------------------------------------------------------------------------------
+
+
+def _refuse_what_is_not_causal(folder: Path) -> None:
+    """Only decoders with a language-model head train here: rows are right-padded under a causal mask."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if not (folder / "config.json").is_file():
+        raise BadInput(f"base_model: {folder} has no config.json; it must be a Hugging Face model folder")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise BadInput(f"base_model: {folder / 'config.json'} cannot be used: {error}") from error
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    written: list[str] = getattr(config, "architectures", None) or []
+    if causal is None or (written and causal.__name__ not in written):
+        raise BadInput(
+            f"base_model: {folder} holds {', '.join(written) or config.model_type}, and only causal language "
+            "models can be trained on today: no encoders, no encoder-decoders, no models with another head"
+        )
+
+
+def _refuse_options(spec: BaseSpec, zero: str) -> None:
+    """What this machine, or DeepSpeed, cannot do. Raises BadInput naming the key of the base file."""
+    from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available
+
+    on_gpu = torch.cuda.is_available()
+    if spec.load_in_4bit and zero == "3":
+        raise BadInput("load_in_4bit: ZeRO-3 cannot partition 4-bit weights; set zero: none")
+    if spec.load_in_4bit and not (on_gpu and is_bitsandbytes_available()):
+        raise BadInput("load_in_4bit: it needs a GPU and the package bitsandbytes; use dtype: bfloat16 here")
+    if spec.attention == "flash_attention_2" and not (on_gpu and is_flash_attn_2_available()):
+        raise BadInput("attention: flash_attention_2 needs a GPU and the package flash-attn; use sdpa here")
+    if spec.deepspeed.get("zero_quantized_weights") and not on_gpu:
+        raise BadInput(
+            "deepspeed.zero_quantized_weights: DeepSpeed's int8 kernels need a GPU; "
+            "zero_quantized_nontrainable_weights works without"
+        )
+    offload = spec.deepspeed.get("offload_param") or {}
+    if spec.deepspeed.get(INT8) and (
+        offload.get("device") == "nvme" or spec.deepspeed.get("zero_hpz_partition_size", 1) > 1
+    ):
+        raise BadInput(
+            f"deepspeed.{INT8}: it goes with neither offload to nvme nor zero_hpz_partition_size; keep one"
+        )
+
+
+def _four_bits(spec: BaseSpec, device: torch.device) -> dict[str, Any]:
+    """NF4 with double quantization (QLoRA, arXiv 2305.14314 section 3), computed in the base's dtype."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[spec.dtype],
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+# ---- ZeRO-3 ------------------------------------------------------------------------------------------
+
+
 def _deepspeed_config(spec: BaseSpec) -> dict[str, Any]:
+    block = {key: value for key, value in spec.deepspeed.items() if key != INT8}
+    if spec.deepspeed.get(INT8):
+        # DeepSpeed 0.19.8 casts weights from a coalesced gather to the dtype they are stored in: int8.
+        block["stage3_allgather_sequential"] = True
     return {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": spec.dtype == "bfloat16"},
-        "zero_optimization": {"stage": 3, **spec.deepspeed},
+        "zero_optimization": {"stage": 3, **block},
     }
 
 
-def _announce_zero3(spec: BaseSpec) -> Any:
-    """While the returned object lives, `from_pretrained` loads weights already partitioned."""
+@contextmanager
+def _partitioned_from_the_start(spec: BaseSpec, ranks: Ranks) -> Generator[None]:
+    """Within the block, `from_pretrained` loads weights already partitioned."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    config = _deepspeed_config(spec)
+    try:
+        DeepSpeedZeroConfig(**config["zero_optimization"])
+    except ValueError as error:
+        raise BadInput(f"deepspeed: {_first_mistake(error, DeepSpeedZeroConfig)}") from error
     # DeepSpeed would compile a shared-memory all-reduce that only its inference engine calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    ranks.form_group()  # or DeepSpeed looks for MPI when one rank has no group
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     # DeepSpeed's early partitioning knows no float64; such a base is partitioned after loading instead.
-    return None if spec.dtype == "float64" else HfDeepSpeedConfig(_deepspeed_config(spec))
+    announced = None if spec.dtype == "float64" else HfDeepSpeedConfig(config)
+    try:
+        yield
+    finally:
+        # By name: a plain base loaded later by this process would come partitioned if the object lived on.
+        del announced
+        unset_hf_deepspeed_config()
+
+
+def _first_mistake(error: Any, model: Any) -> str:
+    """The first of pydantic's findings: the key, what is wrong, and the nearest key if it is unknown."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] != "extra_forbidden":
+        return f"{key}: {first['msg']}"
+    known = [field.alias or name for name, field in model.model_fields.items()]
+    near = get_close_matches(key, known, n=1)
+    return f"unknown key {key!r}" + (
+        f"; did you mean {near[0]!r}?" if near else "; see DeepSpeed's documentation"
+    )
 
 
 def _partition(base: Base) -> None:
@@ -150,6 +282,10 @@ def _partition(base: Base) -> None:
     # collectives of the ranks would no longer pair up.
     base.model.get_input_embeddings().register_forward_hook(_require_grad)
     base.engine, *_ = deepspeed.initialize(model=base.model, config=_deepspeed_config(base.spec))
+    if base.spec.deepspeed.get(INT8):
+        deepspeed.zero.Init.quantizer_module = Int8()
+        for layer in base.slots.layers.values():
+            store(layer.weight)
 
 
 def _require_grad(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:  # noqa: ARG001

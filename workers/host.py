@@ -6,28 +6,27 @@ and return the same events. No Ray here; see `workers.serve` for the loop around
 
 from __future__ import annotations
 
-import errno
 import time
-from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from workers import checkpoint
 from workers.adapter import Adapter, read_adapter
 from workers.base import Base, load_base
+from workers.capacity import Capacity, chunk_tokens
 from workers.compose import MicroBatch, compose, cut_step
 from workers.evaluate import evaluate
 from workers.lora import Segment
-from workers.manifest import CorruptFolder, verify_folder
+from workers.manifest import verify_folder
+from workers.passes import Passes
 from workers.ranks import Ranks
 from workers.resident import Resident, settle
-from workers.step import Share, forward_backward, forward_only, reduce_gradients, target_count
+from workers.step import Share, forward_only, reduce_gradients, target_count
+from workers.together import Problem, on_all, on_first
 from workers.types import (
     Attach,
-    BadInput,
     BaseSpec,
     CheckpointSaved,
     Close,
@@ -42,12 +41,12 @@ from workers.types import (
     HostReady,
     JobSpec,
     JobStopped,
+    OutOfMemory,
     StopCode,
     TrainingFinished,
 )
 
 ALL_ROWS = 1 << 40
-T = TypeVar("T")
 
 
 class Host:
@@ -58,6 +57,8 @@ class Host:
         self.ready = HostReady(
             ranks.world_size, base.zero, base.spec.slots, base.parameters, round(load_seconds, 3)
         )
+        self.capacity = Capacity(base.spec, ranks, base.bytes_per_parameter)
+        self._passes = Passes(base, ranks)
         self._credit: dict[str, int] = {}
         self._slots = count()
 
@@ -79,16 +80,61 @@ class Host:
 
     def tick(self) -> list[Event]:
         """One composition over the residents, then a step for every job whose batch is complete."""
-        waiting = {job: resident.chunks for job, resident in self.residents.items()}
-        composition = compose(waiting, self._credit, self.base.spec.tokens_per_tick)
+        composition = compose(
+            {job: resident.chunks for job, resident in self.residents.items()},
+            self._credit,
+            self.capacity.tokens_per_tick,
+            {job: resident.spec.weight for job, resident in self.residents.items()},
+            self.capacity.tokens_per_pass,
+        )
         self._credit = dict(composition.credit)
-        shares = {job: resident.share for job, resident in self.residents.items()}
+        parameters, started = self.adapter_parameters, time.monotonic()
         for micro_batch in composition.micro_batches:
-            for job, loss in forward_backward(self.base, self.ranks, micro_batch, shares).items():
-                self.residents[job].loss += loss
-        for job, taken in composition.taken.items():
-            del self.residents[job].chunks[:taken]
-        return self._end_steps([resident for resident in self.residents.values() if not resident.chunks])
+            if not self._run(micro_batch):
+                return self._ran_out(micro_batch)
+        seconds = time.monotonic() - started
+        events = self._end_steps([resident for resident in self.residents.values() if not resident.chunks])
+        largest = max(micro_batch.tokens for micro_batch in composition.micro_batches)
+        measured = self.capacity.after_tick(composition.tokens, largest, seconds, parameters)
+        return [*events, measured] if measured else events
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Of all slots together."""
+        return sum(resident.adapter_parameters for resident in self.residents.values())
+
+    def _run(self, micro_batch: MicroBatch) -> bool:
+        """One pass; its chunks are done. False, and nothing done, if memory ran out."""
+        shares = {job: self.residents[job].share for job, _ in micro_batch.chunks}
+        losses = self._passes.run(micro_batch, shares)
+        if losses is None:
+            return False
+        for job, chunk in micro_batch.chunks:
+            resident = self.residents[job]
+            assert resident.chunks.pop(0) is chunk, "a job's chunks run in their own order"
+            resident.loss += losses.get(job, 0.0)
+        return True
+
+    def _ran_out(self, micro_batch: MicroBatch) -> list[Event]:
+        """Make passes smaller; the jobs of this one begin their step again, the others keep what they did.
+
+        A pass of several chunks may hold half as much from now on. A chunk alone is cut in two, which moves
+        the last bits of that job's sums; a job of which one row does not fit is stopped.
+        """
+        job, chunk = max(micro_batch.chunks, key=lambda item: item[1].tokens)
+        resident, alone = self.residents[job], len(micro_batch.chunks) == 1
+        if alone and chunk.rows_per_rank == 1:
+            words = f"a row of {chunk.padded_length} tokens does not fit; lower sequence_len"
+            return [self._stop(resident, "out_of_memory", words)]
+        if alone:
+            resident.chunk_tokens = chunk.tokens // 2
+        else:
+            self.capacity.ran_out(micro_batch.tokens)
+        for other, _ in micro_batch.chunks:
+            self.residents[other].begin_step_again(self.base, self.ranks)
+        most = resident.chunk_tokens if alone else self.capacity.tokens_per_pass
+        spec = resident.spec
+        return [OutOfMemory(job, spec.attempt, resident.step, micro_batch.tokens, most)]
 
     def _end_steps(self, complete: list[Resident]) -> list[Event]:
         if not complete:
@@ -124,8 +170,8 @@ class Host:
             resident.begin_step(self.base, self.ranks)
             return []
         spec, path = resident.spec, Path(resident.spec.checkpoint_dir) / "adapter"
-        problem = self._written(
-            lambda: checkpoint.save_adapter(path, self._export(resident), self.base.spec.digest)
+        problem = on_first(
+            self.ranks, lambda: checkpoint.save_adapter(path, self._export(resident), self.base.spec.digest)
         )
         if problem:
             return [self._stop(resident, *problem)]
@@ -134,10 +180,11 @@ class Host:
 
     def _validate(self, resident: Resident) -> float:
         """Mean loss over the validation rows, without neighbours."""
-        spec = self.base.spec
         tokens = target_count(resident.validation)
         share = Share(resident.slot, 0, 0, 0.0, tokens)
-        chunks = cut_step(resident.validation, self.ranks.world_size, spec.tokens_per_tick, self.base.longest)
+        chunks = cut_step(
+            resident.validation, self.ranks.world_size, chunk_tokens(self.base.spec), self.base.longest
+        )
         total = torch.zeros((), dtype=torch.float64, device=self.base.device)
         for chunk in chunks:
             micro_batch = MicroBatch(chunk.padded_length, (("validation", chunk),))
@@ -165,12 +212,23 @@ class Host:
             return [JobStopped(spec.job, spec.attempt, 0, "internal_error", "the host has no free slot")]
         found = checkpoint.newest(Path(spec.checkpoint_dir)) if self.ranks.rank == 0 else None
         path, slot = self.ranks.broadcast(found), next(self._slots)
-        resident, message = self._together(lambda: settle(self.base, spec, slot, path))
-        if resident is None:
+        resident, problem = on_all(self.ranks, lambda: settle(self.base, spec, slot, path))
+        problem = problem or self._too_large(resident)
+        if problem:
             self.base.slots.free(slot)
-            return [JobStopped(spec.job, spec.attempt, 0, "bad_data", message)]
+            return [JobStopped(spec.job, spec.attempt, 0, *problem)]
         self.residents[spec.job] = resident
         return [resident.attached(), *resident.reports, *self._go_on(resident)]
+
+    def _too_large(self, resident: Resident) -> Problem | None:
+        """Why a job does not get its slot, by the memory model."""
+        own, taken = resident.adapter_parameters, self.adapter_parameters
+        if self.capacity.takes(taken + own):
+            return None
+        words = f"its adapter of {own:,} parameters does not fit"
+        if self.capacity.takes(own):
+            return "waits_for_memory", f"{words} beside {taken:,} of other residents"
+        return "out_of_memory", f"{words} in the memory of this host"
 
     def _detach(self, job: str, attempt: int) -> list[Event]:
         resident = self.residents.get(job)
@@ -184,10 +242,10 @@ class Host:
 
     def _evaluate(self, command: Evaluate) -> Event:
         started, slot = time.monotonic(), next(self._slots)
-        report, message = self._together(lambda: self._score(command, slot))
+        report, problem = on_all(self.ranks, lambda: self._score(command, slot))
         self.base.slots.free(slot)
-        if report is None:
-            return EvaluationFailed(command.request, message)
+        if problem:
+            return EvaluationFailed(command.request, problem[1])
         return EvaluationDone(command.request, report, time.monotonic() - started)
 
     def _score(self, command: Evaluate, slot: int) -> EvaluationReport:
@@ -212,7 +270,7 @@ class Host:
             resident.optimizer.tensors(),
             resident.progress(),
         )
-        problem = self._written(lambda: checkpoint.save(folder, state, self.base.spec.digest))
+        problem = on_first(self.ranks, lambda: checkpoint.save(folder, state, self.base.spec.digest))
         if problem:
             return self._stop(resident, *problem)
         path = checkpoint.path_of(folder, resident.step)
@@ -226,24 +284,3 @@ class Host:
         del self.residents[resident.spec.job]
         self._credit.pop(resident.spec.job, None)
         self.base.slots.free(resident.slot)
-
-    def _written(self, write: Callable[[], object]) -> tuple[StopCode, str] | None:
-        """Let rank 0 write; every rank learns how it went."""
-        problem: tuple[StopCode, str] | None = None
-        if self.ranks.rank == 0:
-            try:
-                write()
-            except OSError as error:
-                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-                problem = ("disk_full" if full else "internal_error", f"cannot save: {error}")
-        return self.ranks.broadcast(problem)
-
-    def _together(self, act: Callable[[], T]) -> tuple[T | None, str]:
-        """`act` on every rank. If it refuses on one it counts as refused on all, with the first message."""
-        value, message = None, ""
-        try:
-            value = act()
-        except (BadInput, CorruptFolder, OSError) as error:
-            message = str(error) or type(error).__name__
-        messages = [other for other in self.ranks.gather(message) if other]
-        return (None, messages[0]) if messages else (value, "")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from workers import checkpoint
 from workers.base import Base
+from workers.capacity import chunk_tokens
 from workers.compose import Chunk, cut_step
 from workers.data import encode_all
 from workers.optim import JobOptimizer
@@ -40,10 +41,13 @@ class Resident:
     step: int = 0
     """Steps done."""
     bad_steps: int = 0
+    chunk_tokens: int = 4096
+    """The base file's, until a chunk did not fit in memory."""
     chunks: list[Chunk] = field(default_factory=list)
     """What the current step still needs."""
     target_tokens: int = 0
     tokens: int = 0
+    padded_tokens: int = 0
     loss: Tensor | float = 0.0
     """This rank's part of the current step's loss so far, on the device."""
     started: float = 0.0
@@ -55,6 +59,10 @@ class Resident:
         return self.step >= self.num_steps
 
     @property
+    def adapter_parameters(self) -> int:
+        return self.optimizer.slot.weights.numel()
+
+    @property
     def share(self) -> Share:
         training = self.spec.training
         return Share(self.slot, training.seed, self.step, self.spec.adapter.lora_dropout, self.target_tokens)
@@ -64,11 +72,19 @@ class Resident:
         training = self.spec.training
         samples = batch_samples(training.seed, self.step, len(self.rows), training.global_batch_size)
         batch = [self.rows[sample] for sample in samples]
-        self.chunks = cut_step(batch, ranks.world_size, base.spec.tokens_per_tick, base.longest)
+        self.chunks = cut_step(batch, ranks.world_size, self.chunk_tokens, base.longest)
         self.target_tokens = target_count(batch)
         self.tokens = sum(len(row.input_ids) for row in batch)
+        self.padded_tokens = sum(chunk.padded_tokens for chunk in self.chunks)
         self.loss = 0.0
         self.started = self.started or time.monotonic()
+
+    def begin_step_again(self, base: Base, ranks: Ranks) -> None:
+        """Drop what the current step has summed up so far, and begin it anew."""
+        gradient = self.optimizer.slot.weights.grad
+        assert gradient is not None, "a slot always has its gradient"
+        gradient.zero_()
+        self.begin_step(base, ranks)
 
     def loss_on(self, device: torch.device) -> Tensor:
         """`loss` as a float64 scalar, also where no row of the step came to this rank."""
@@ -82,7 +98,18 @@ class Resident:
         self.optimizer.set_step(self.step)
         seconds, self.started = time.monotonic() - self.started, time.monotonic()
         job, attempt = self.spec.job, self.spec.attempt
-        report = StepDone(job, attempt, self.step, loss, grad_norm, rate, self.tokens, seconds, not finite)
+        report = StepDone(
+            job,
+            attempt,
+            self.step,
+            loss,
+            grad_norm,
+            rate,
+            self.tokens,
+            seconds,
+            skipped=not finite,
+            padded_tokens=self.padded_tokens,
+        )
         self.reports.append(report)
         return report
 
@@ -94,7 +121,7 @@ class Resident:
     # -- events ----------------------------------------------------------------------------------------
 
     def attached(self) -> Attached:
-        spec, trainable = self.spec, self.optimizer.slot.weights.numel()
+        spec, trainable = self.spec, self.adapter_parameters
         return Attached(spec.job, spec.attempt, self.step, self.num_steps, len(self.rows), trainable)
 
     def validated(self, loss: float) -> Validated:
@@ -127,6 +154,7 @@ def settle(base: Base, spec: JobSpec, slot: int, resume_from: Path | None) -> Re
     optimized = base.slots.create(slot, spec.adapter, training.seed)
     steps = num_steps(training, len(rows))
     resident = Resident(spec, slot, rows, validation, steps, JobOptimizer(optimized, training, steps))
+    resident.chunk_tokens = chunk_tokens(base.spec)
     if resume_from is not None:
         saved = checkpoint.load(resume_from)
         base.slots.overwrite(slot, saved.adapter)

@@ -52,8 +52,10 @@ def forward_backward(
 ) -> dict[str, Tensor]:
     """Accumulate every present job's gradient. Returns this rank's part of each job's loss (scalars)."""
     batch = build_batch(micro_batch, ranks.rank, shares, base.pad_id)
-    total, losses_P = _losses(base, batch)
-    total.backward()
+    with base.adapters.rows(batch.segments):
+        total, losses_P = _losses(base, batch)
+        # Inside: with activation checkpointing the way back runs the layers forward once more.
+        total.backward()
     return _by_job(batch, losses_P, shares)
 
 
@@ -63,7 +65,8 @@ def forward_only(
 ) -> dict[str, Tensor]:
     """The losses alone, for validation."""
     batch = build_batch(micro_batch, ranks.rank, shares, base.pad_id)
-    return _by_job(batch, _losses(base, batch)[1], shares)
+    with base.adapters.rows(batch.segments):
+        return _by_job(batch, _losses(base, batch)[1], shares)
 
 
 def reduce_gradients(ranks: Ranks, weights: Sequence[nn.Parameter]) -> None:
@@ -131,14 +134,13 @@ def _padded(sequences: Sequence[Sequence[int]], length: int, pad_id: int) -> Ten
 def _losses(base: Base, batch: Batch) -> tuple[Tensor, Tensor]:
     """The weighted sum of all targets' cross-entropies, to go back from, and each one [P]."""
     device = base.device
-    with base.adapters.rows(batch.segments):
-        return target_loss(
-            base.model,
-            batch.positions_P.to(device),
-            batch.labels_P.to(device),
-            batch.weights_P.to(device),
-            input_ids=batch.input_ids_RT.to(device),
-        )
+    return target_loss(
+        base.model,
+        batch.positions_P.to(device),
+        batch.labels_P.to(device),
+        batch.weights_P.to(device),
+        input_ids=batch.input_ids_RT.to(device),
+    )
 
 
 def _by_job(batch: Batch, losses_P: Tensor, shares: Mapping[str, Share]) -> dict[str, Tensor]:

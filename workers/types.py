@@ -13,7 +13,7 @@ from typing import Any, Literal
 TaskType = Literal["chat", "classification", "recommendation"]
 TASK_TYPES: tuple[TaskType, ...] = ("chat", "classification", "recommendation")
 
-StopCode = Literal["diverged", "bad_data", "out_of_memory", "disk_full", "internal_error"]
+StopCode = Literal["diverged", "bad_data", "out_of_memory", "waits_for_memory", "disk_full", "internal_error"]
 """Why a host stops a job by itself. `orchestrator.job.REASONS` maps each to a status and to words."""
 
 
@@ -33,13 +33,19 @@ class BaseSpec:
     zero: Literal["auto", "none", "3"] = "auto"
     deepspeed: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Passed through to DeepSpeed's `zero_optimization` block."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
+    load_in_4bit: bool = False
+    """NF4 by bitsandbytes; on a GPU and with `zero` none."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     activation_checkpointing: bool = False
     arithmetic: Literal["auto", "exact", "fused"] = "auto"
     """Of the adapters: exact rounds as PEFT does, bit for bit; fused is faster. auto: exact on a CPU."""
     slots: int = 8
-    tokens_per_tick: int = 4096
-    """Padded tokens one rank may hold in one micro-batch, and spend in one tick."""
+    tokens_per_tick: int | Literal["auto"] = 4096
+    """Padded tokens one rank may hold in one micro-batch, and spend in one tick; `auto` measures it."""
+    chunk_tokens: int | None = None
+    """Padded tokens one chunk of a job's step may hold on a rank; None: `tokens_per_tick`, 4096 with `auto`.
+
+    Sums are taken chunk by chunk, so it bears on a result's last bits: never a measured number."""
     name: str = ""
     """What `base_model_name_or_path` says in the adapters trained on it."""
     digest: str = ""
@@ -107,6 +113,8 @@ class JobSpec:
     validation: tuple[DatasetSpec, ...]
     checkpoint_dir: str
     """Holds `step-<n>` folders; the newest one that verifies is resumed from."""
+    weight: int = 50
+    """Share of a tick's tokens, relative to the other residents' weights."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +166,31 @@ Command = Attach | Detach | Evaluate | Close
 
 
 @dataclass(frozen=True)
+class MemoryModel:
+    """Peak bytes of a rank = fixed + per parameter * all slots' parameters + per token * tokens of a pass."""
+
+    limit_bytes: int
+    """What the fullest rank may hold."""
+    fixed_bytes: int
+    bytes_per_token: float
+    bytes_per_parameter: int
+    """Of an adapter: weight, gradient and AdamW's two moments."""
+
+
+@dataclass(frozen=True)
+class HostMeasured:
+    """What a host has found out about itself on its ticks; the latest one holds."""
+
+    tokens_per_tick: int
+    calibrating: bool
+    """True while the budget is still being looked for."""
+    tokens_per_pass: int
+    memory: MemoryModel
+    adapter_parameters: int
+    """Room for adapters, all slots together, those that are taken included."""
+
+
+@dataclass(frozen=True)
 class HostReady:
     world_size: int
     zero: Literal["none", "3"]
@@ -192,6 +225,8 @@ class StepDone:
     seconds: float
     skipped: bool = False
     """True when the gradient was not finite and the step was left out."""
+    padded_tokens: int = 0
+    """What `tokens` took with padding."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +243,21 @@ class CheckpointSaved:
     attempt: int
     step: int
     path: str
+
+
+@dataclass(frozen=True)
+class OutOfMemory:
+    """A pass did not fit. Its jobs begin their current step again, in smaller passes; no step is lost."""
+
+    job: str
+    """Whose chunk was the largest of the pass."""
+    attempt: int
+    step: int
+    """Steps that job has done."""
+    tokens: int
+    """Padded tokens of the pass on a rank."""
+    most_tokens: int
+    """Most from now on: of a pass, or of this job's chunks if the pass was a single chunk."""
 
 
 @dataclass(frozen=True)
@@ -272,8 +322,10 @@ class HostFailed:
     message: str
 
 
-JobEvent = Attached | StepDone | Validated | CheckpointSaved | TrainingFinished | Detached | JobStopped
-Event = HostReady | JobEvent | EvaluationDone | EvaluationFailed | HostFailed
+JobEvent = (
+    Attached | StepDone | Validated | CheckpointSaved | OutOfMemory | TrainingFinished | Detached | JobStopped
+)
+Event = HostReady | HostMeasured | JobEvent | EvaluationDone | EvaluationFailed | HostFailed
 
 
 # ---- CPU tasks that need no base in memory: run anywhere, pure files in, files out --------------------

@@ -169,7 +169,8 @@ class Controller:
         for job, host in decision.placements.items():
             if job in self._work.jobs:
                 row = self._begin(job, host)
-                self._work.fleet.seat(job, row.attempt, host, asked[job].need)
+                parameters = asked[job].adapter_parameters
+                self._work.fleet.seat(job, row.attempt, host, asked[job].need, parameters)
         for job in decision.start_tasks:
             with self._guard(job):
                 self._steps.start_task(self._begin(job, None))
@@ -202,6 +203,8 @@ class Controller:
             since = self._too_large_since.setdefault(job.id, self._work.clock())
             if self._work.clock() - since < TOO_LARGE_PATIENCE:
                 reason = Reason.WAITS_FOR_HOST
+        if reason is Reason.OUT_OF_MEMORY:
+            message = f"a host of its base has no room for {asked.adapter_parameters:,} adapter parameters"
         if reason is Reason.PARENT_FAILED:
             failed = [p for p in job.depends_on if self._work.parents[p] in (Status.FAILED, Status.CANCELLED)]
             message = ", ".join(failed)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from orchestrator.contracts import Cluster
 from orchestrator.placement import HostView, NewHost
 from orchestrator.queue import Need
-from workers.types import BaseSpec, HostReady
+from workers.types import BaseSpec, HostMeasured, HostReady
 
 
 @dataclass
@@ -20,8 +20,11 @@ class Host:
     slots: int
     on_gpus: bool
     ready: HostReady | None = None
+    measured: HostMeasured | None = None
     residents: dict[str, int] = field(default_factory=dict[str, int])
     """Job in a slot -> its attempt. A cancelled one stays until the host says that it has left."""
+    adapter_parameters: dict[str, int] = field(default_factory=dict[str, int])
+    """Job in a slot -> parameters of its adapter."""
     visitors: set[str] = field(default_factory=set[str])
 
     def view(self) -> HostView:
@@ -33,6 +36,8 @@ class Host:
             self.on_gpus,
             frozenset(self.residents),
             frozenset(self.visitors),
+            sum(self.adapter_parameters.values()),
+            self.measured.adapter_parameters if self.measured else None,
         )
 
     @property
@@ -73,9 +78,10 @@ class Fleet:
 
     # ---- seats -----------------------------------------------------------------------------------------
 
-    def seat(self, job: str, attempt: int, host: str, need: Need) -> None:
+    def seat(self, job: str, attempt: int, host: str, need: Need, adapter_parameters: int) -> None:
         if need is Need.SLOT:
             self._hosts[host].residents[job] = attempt
+            self._hosts[host].adapter_parameters[job] = adapter_parameters
         else:
             self._hosts[host].visitors.add(job)
 
@@ -88,6 +94,7 @@ class Fleet:
         for host in self.hosts:
             if host.residents.get(job) == attempt:
                 del host.residents[job]
+                del host.adapter_parameters[job]
 
     def vacate(self, job: str) -> None:
         """The job needs no host now. A slot is given back only by the host itself: `vacate_slot`."""

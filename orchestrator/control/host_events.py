@@ -5,6 +5,7 @@ Writes curves and progress first, so that a step is on record before what follow
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from orchestrator.control.fleet import Host
@@ -23,8 +24,10 @@ from workers.types import (
     EvaluationFailed,
     Event,
     HostFailed,
+    HostMeasured,
     HostReady,
     JobStopped,
+    OutOfMemory,
     StepDone,
     TrainingFinished,
     Validated,
@@ -32,6 +35,8 @@ from workers.types import (
 
 MOST_HOST_FAILURES = 3
 """Hosts of one base lost in a row, without a step or a score in between, after which its jobs fail."""
+
+log = logging.getLogger(__name__)
 
 
 def hear(work: Work, host: Host) -> None:
@@ -60,6 +65,10 @@ def _hear(work: Work, host: Host, event: Event) -> None:
             _evaluation_ended(work, host, event)
         case HostFailed():
             lose(work, host, event.message)
+        case OutOfMemory():
+            _ran_out(event)
+        case HostMeasured():
+            host.measured = event
         case Validated() | CheckpointSaved():
             pass
 
@@ -88,6 +97,16 @@ def _attached(work: Work, event: Attached) -> None:
     job = work.present(event.job, event.attempt)
     if job is not None and job.status is Status.STARTING:
         work.switch(event.job, Reason.ATTACHED)
+
+
+def _ran_out(event: OutOfMemory) -> None:
+    log.warning(
+        "%s: a pass of %d tokens did not fit in memory after step %d; the step is done again, %d at most",
+        event.job,
+        event.tokens,
+        event.step,
+        event.most_tokens,
+    )
 
 
 def _training_finished(work: Work, host: Host, event: TrainingFinished) -> None:

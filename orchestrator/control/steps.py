@@ -73,6 +73,7 @@ class Steps:
             job.priority,
             job.submitted_at,
             tuple(self._work.parents[parent] for parent in job.depends_on),
+            planned.estimate.adapter_parameters if planned.estimate else 0,
         )
 
     def _succeed(self, job: JobRow) -> None:

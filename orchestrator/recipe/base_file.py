@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, ValidationError, model_validator
 
 from orchestrator.recipe.file import Node, Place, read_yaml
 from orchestrator.recipe.keys import refusal
@@ -24,7 +24,8 @@ from orchestrator.recipe.model_folder import (
     read_config,
     tensor_shapes,
 )
-from orchestrator.recipe.parts import Count, Model, Word
+from orchestrator.recipe.parts import Count, Model, Word, not_bool
+from orchestrator.recipe.zero_block import ZeroBlock
 from workers.manifest import json_digest
 from workers.types import BadInput, BaseSpec
 
@@ -34,6 +35,16 @@ SUFFIXES = (".yaml", ".yml")
 def _word(value: object) -> object:
     """YAML reads `zero: 3` as a number."""
     return str(value) if isinstance(value, int) else value
+
+
+def _budget(value: object) -> object:
+    not_bool(value)
+    if value == "auto" or (isinstance(value, int) and value >= 1):
+        return value
+    raise ValueError(f"should be auto or a whole number from 1, found {value!r}")
+
+
+Budget = Annotated[int | Literal["auto"], BeforeValidator(_budget)]
 
 
 class BaseFile(Model):
@@ -46,16 +57,29 @@ class BaseFile(Model):
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     zero: Annotated[Literal["auto", "none", "3"], BeforeValidator(_word)] = "auto"
     """DeepSpeed ZeRO: 3 spreads the base over the ranks; auto does so when there are several."""
-    deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Passed through to DeepSpeed's zero_optimization block."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
+    deepspeed: ZeroBlock = ZeroBlock()
+    """DeepSpeed's zero_optimization block."""
+    load_in_4bit: bool = False
+    """Weights in NF4 by bitsandbytes, on a GPU, not partitioned."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     activation_checkpointing: bool = False
+    """Keep no activations for the backward pass: half as much again to compute, far less to hold."""
+    arithmetic: Literal["auto", "exact", "fused"] = "auto"
+    """Of adapters: exact gives plain PEFT's bits, fused is faster; auto is exact on a CPU, fused on a GPU."""
     world_size: Count = 1
     """Ranks of a host."""
     slots: Count = 8
     """Adapters a host can hold at once."""
-    tokens_per_tick: Count = 4096
-    """Padded tokens one rank holds in one micro-batch."""
+    tokens_per_tick: Budget = "auto"
+    """Padded tokens one rank does in a tick; auto finds the number on the host's own ticks."""
+    chunk_tokens: Count | None = None
+    """Padded tokens of one job that a rank does at once; left out, tokens_per_tick, or 4096 with auto."""
+
+    @model_validator(mode="after")
+    def _four_bits_are_not_partitioned(self) -> BaseFile:
+        if self.load_in_4bit and self.zero != "none":
+            raise ValueError("load_in_4bit needs zero: none, for ZeRO-3 cannot partition 4-bit weights")
+        return self
 
 
 @dataclass(frozen=True)
@@ -77,6 +101,8 @@ class Base:
     def fingerprint(self) -> str:
         """Digest of all of the base that bears on a score: bytes and precision, not the way it is spread."""
         quantized = {key: value for key, value in self.spec.deepspeed.items() if "quantized" in key}
+        if self.spec.load_in_4bit:
+            quantized["load_in_4bit"] = True
         return json_digest([asdict(self.digests), self.spec.dtype, quantized])
 
     def targets(self, target_modules: str | Iterable[str]) -> dict[str, tuple[int, int]]:
@@ -159,13 +185,14 @@ def _describe(keys: BaseFile, model: str, place: Place, name: str) -> Base:
     shapes = tensor_shapes(folder, place)
     digests = folder_digests(folder, place)
     slug = re.sub(r"[^a-z0-9._-]+", "-", name.lower())
-    held = keys.model_dump(exclude={"model", "revision", "world_size"})
+    held = keys.model_dump(exclude={"model", "revision", "world_size", "deepspeed"})
     return Base(
         slug=slug,
         spec=BaseSpec(
             path=str(folder),
             name=slug if Path(model).is_absolute() else model,
             digest=digests.all,
+            deepspeed=keys.deepspeed.given(),
             **held,
         ),
         world_size=keys.world_size,

@@ -161,7 +161,7 @@ class Schedule(Model):
     """When the job runs."""
 
     priority: Priority = 50
-    """low (25), normal (50), high (75), or a number from 0 to 100; higher goes first."""
+    """low (25), normal (50), high (75), or a number from 0 to 100; higher goes first, with more of a tick."""
     team: str | None = None
     """Whom the job is for."""
     max_duration: Duration | None = None

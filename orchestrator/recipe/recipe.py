@@ -177,6 +177,8 @@ class Recipe(Model):
             train=self.datasets_of("train"),
             validation=self.datasets_of("validation"),
             checkpoint_dir=checkpoint_dir,
+            # The least priority is not none: such a job would hold a slot and never train.
+            weight=max(1, self.schedule.priority),
         )
 
     def evaluation_spec(self) -> EvaluationSpec:

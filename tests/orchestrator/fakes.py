@@ -24,9 +24,11 @@ from workers.types import (
     Event,
     FuseTask,
     HostFailed,
+    HostMeasured,
     HostReady,
     JobSpec,
     JobStopped,
+    MemoryModel,
     StepDone,
     TrainingFinished,
     Validated,
@@ -54,6 +56,9 @@ class FakeHost:
         if self.polls == 1:
             return []
         events: list[Event] = [self.ready] if self.polls == 2 else []
+        if self.polls == 2 and self.faults.adapter_room is not None:
+            memory = MemoryModel(1 << 30, 1 << 20, 100.0, 16)
+            events.append(HostMeasured(512, False, 512, memory, self.faults.adapter_room))
         while self.mail:
             events += self.apply(self.mail.popleft())
         for job in list(self.residents):
@@ -71,6 +76,10 @@ class FakeHost:
 
     def attach(self, spec: JobSpec) -> list[Event]:
         assert len(self.residents) < self.ready.slots, "no free slot"
+        if self.faults.adapter_room is not None and self.residents:
+            return [
+                JobStopped(spec.job, spec.attempt, 0, "waits_for_memory", "it does not fit beside others")
+            ]
         done = max((int(p.name[5:]) for p in Path(spec.checkpoint_dir).glob("step-*")), default=0)
         steps = spec.training.max_steps or 0
         attached = Attached(spec.job, spec.attempt, done, steps, 10, 100)
@@ -121,6 +130,8 @@ class Faults:
     lose_at: set[int] = field(default_factory=set)
     """Hosts die at these polls, counted over all hosts."""
     evaluation_error: str = ""
+    adapter_room: int | None = None
+    """What hosts have measured; a host that has takes one adapter at a time."""
     task_result: TaskResult | None = None
     refuse_hosts: Exception | None = None
 

@@ -282,6 +282,32 @@ def test_jobs_share_a_single_slot_one_after_the_other(world):
     assert Reason.WAITS_FOR_SLOT in reasons
 
 
+def parameters(world, name: str) -> int:
+    plan = make_plan(load_pipeline(world.folder / "pipeline.yaml"))
+    estimate = next(job.estimate for job in plan.jobs if job.name == name)
+    assert estimate is not None
+    return estimate.adapter_parameters
+
+
+def test_jobs_that_do_not_fit_together_train_one_after_the_other(world):
+    world.submit(finance(), support())
+    world.faults.adapter_room = max(parameters(world, "finance"), parameters(world, "support"))
+    reasons: set[Reason] = set()
+    world.run(on_tick=lambda: reasons.update(job.reason for job in world.store.jobs()))
+    assert set(world.statuses().values()) == {Status.SUCCEEDED}
+    assert Reason.WAITS_FOR_MEMORY in reasons
+
+
+def test_job_larger_than_the_memory_of_its_host_fails_in_words(world):
+    world.submit(finance(), support(lora_r=64))
+    world.faults.adapter_room = parameters(world, "finance")
+    world.run()
+    assert world.job("finance").status is Status.SUCCEEDED
+    failed = world.job("support")
+    assert failed.reason is Reason.OUT_OF_MEMORY
+    assert f"no room for {parameters(world, 'support'):,} adapter parameters" in failed.message
+
+
 def test_job_with_more_ranks_than_the_cluster_fails_after_some_patience(world):
     world.submit(finance(resources={"world_size": 4}), support())
     world.run()

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import pytest
@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from orchestrator.recipe.load import load_recipe
 from orchestrator.recipe.pipeline import json_schema
+from orchestrator.recipe.zero_block import OffloadParam, ZeroBlock
 from tests.orchestrator.recipe_files import (
     LABELS,
     finance,
@@ -195,6 +196,46 @@ def test_base_file_says_how_a_host_holds_the_model(world: Path) -> None:
     assert load(world, resources={"world_size": 1}).world_size == 1
 
 
+def test_base_file_budget_is_measured_unless_a_number_is_given(world: Path) -> None:
+    write_yaml(world / "bases" / "other.yaml", {"model": "tiny", "chunk_tokens": 512})
+    spec = load(world, base_model="bases/other.yaml").base.spec
+    assert (spec.tokens_per_tick, spec.chunk_tokens) == ("auto", 512)
+
+
+def test_base_file_deepspeed_block_reaches_the_host_as_deepspeed_reads_it(world: Path) -> None:
+    block = {
+        "offload_param": {"device": "nvme", "nvme_path": "/mnt/fast", "pin_memory": False},
+        "zero_hpz_partition_size": 4,
+        "zero_quantized_weights": True,
+    }
+    write_yaml(world / "bases" / "other.yaml", {"model": "tiny", "deepspeed": block})
+    assert load(world, base_model="bases/other.yaml").base.spec.deepspeed == block
+
+
+def test_base_file_deepspeed_keys_are_deepspeeds_own() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig
+
+    theirs = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    assert set(ZeroBlock.model_fields) <= theirs
+    assert set(OffloadParam.model_fields) <= set(DeepSpeedZeroOffloadParamConfig.model_fields)
+    everything = {
+        name: True if bool in get_args(field.annotation) else 2
+        for name, field in ZeroBlock.model_fields.items()
+        if name != "offload_param"
+    }
+    offload = {"device": "cpu", "pin_memory": False, "buffer_count": 1, "buffer_size": 1, "max_in_cpu": 1}
+    block = ZeroBlock.model_validate({**everything, "offload_param": offload}).given()
+    assert block == {**everything, "offload_param": offload}
+    DeepSpeedZeroConfig(**block)
+
+
+@pytest.mark.parametrize(("priority", "weight"), [("low", 25), ("normal", 50), ("high", 75), (7, 7), (0, 1)])
+def test_recipe_priority_is_the_jobs_weight_in_a_tick(world: Path, priority: Any, weight: int) -> None:
+    recipe = load(world, schedule={"priority": priority}).recipe
+    assert recipe.job_spec("j", 1, "c").weight == weight
+
+
 def test_base_folder_named_without_a_base_file_takes_defaults(world: Path) -> None:
     loaded = load(world, base_model="bases/tiny")
     assert (loaded.base.spec.dtype, loaded.world_size, loaded.base.slug) == ("float32", 1, "tiny")
@@ -208,6 +249,26 @@ def test_base_folder_named_without_a_base_file_takes_defaults(world: Path) -> No
         ({"model": "none"}, r"other\.yaml:1: 'none' is neither a folder beside the file nor"),
         ({"model": "tiny", "revision": "main"}, r"other\.yaml:2: a revision belongs to a hub id"),
         ({"dtype": "float32"}, r"other\.yaml:1: key 'model' is missing"),
+        (
+            {"model": "tiny", "deepspeed": {"stage3_prefetch_bucket": 1}},
+            r"other\.yaml:3: unknown key 'deepspeed\.stage3_prefetch_bucket'; "
+            r"did you mean 'stage3_prefetch_bucket_size'\?",
+        ),
+        (
+            {"model": "tiny", "deepspeed": {"offload_param": {"devices": "cpu"}}},
+            r"unknown key 'deepspeed\.offload_param\.devices'; did you mean 'device'\?",
+        ),
+        (
+            {"model": "tiny", "deepspeed": {"offload_param": {"device": "nvme"}}},
+            r"deepspeed\.offload_param: device nvme needs an nvme_path",
+        ),
+        ({"model": "tiny", "load_in_4bit": True}, r"load_in_4bit needs zero: none"),
+        ({"model": "tiny", "tokens_per_tick": "most"}, r"tokens_per_tick: should be auto or a whole number"),
+        ({"model": "tiny", "tokens_per_tick": 0}, r"tokens_per_tick: should be auto or a whole number"),
+        (
+            {"model": "tiny", "attention": "flash"},
+            r"attention should be 'sdpa', 'eager' or 'flash_attention_2'",
+        ),
     ],
 )
 def test_base_file_with_a_mistake_is_refused(world: Path, keys: dict[str, Any], words: str) -> None:

@@ -46,6 +46,44 @@ def test_schedule_full_host_makes_the_youngest_wait_for_a_slot():
     assert decision.refusals == {"young": Reason.WAITS_FOR_SLOT}
 
 
+def test_schedule_job_that_does_not_fit_beside_the_residents_waits_for_memory():
+    warm = host(residents=frozenset({"x"}), adapter_parameters=600, adapter_room=1000)
+    decision = decide(waiting("fits", adapter_parameters=400), hosts=[warm])
+    assert decision.placements == {"fits": "h1"}
+    decision = decide(waiting("big", adapter_parameters=401), hosts=[warm])
+    assert decision.refusals == {"big": Reason.WAITS_FOR_MEMORY}
+
+
+def test_schedule_memory_is_deducted_as_places_are_given():
+    jobs = [waiting(name, adapter_parameters=400) for name in "abc"]
+    decision = decide(*jobs, hosts=[host(adapter_room=1000)])
+    assert decision.placements == {"a": "h1", "b": "h1"}
+    assert decision.refusals == {"c": Reason.WAITS_FOR_MEMORY}
+
+
+def test_schedule_small_job_does_not_take_the_memory_a_large_one_waits_for():
+    warm = host(residents=frozenset({"x"}), adapter_parameters=600, adapter_room=1000)
+    big = waiting("big", adapter_parameters=900)
+    small = waiting("small", adapter_parameters=1, submitted_at=9.0)
+    decision = decide(big, small, hosts=[warm])
+    assert decision.refusals == {"big": Reason.WAITS_FOR_MEMORY, "small": Reason.WAITS_FOR_MEMORY}
+
+
+def test_schedule_job_larger_than_all_the_memory_for_adapters_is_refused():
+    decision = decide(waiting("huge", adapter_parameters=1001), hosts=[host(adapter_room=1000)])
+    assert decision.refusals == {"huge": Reason.OUT_OF_MEMORY}
+
+
+def test_schedule_host_that_has_not_measured_takes_what_has_a_slot():
+    decision = decide(waiting("huge", adapter_parameters=10**12), hosts=[host()])
+    assert decision.placements == {"huge": "h1"}
+
+
+def test_schedule_scoring_needs_no_memory_for_an_adapter():
+    full = host(residents=frozenset({"x"}), adapter_parameters=999, adapter_room=1000)
+    assert decide(waiting("a", Need.HOST), hosts=[full]).placements == {"a": "h1"}
+
+
 def test_schedule_scoring_needs_no_slot():
     full = host(slots=1, residents=frozenset({"x"}))
     assert decide(waiting("a", Need.HOST), hosts=[full]).placements == {"a": "h1"}
@@ -124,6 +162,7 @@ jobs = st.builds(
     priority=st.integers(-2, 2),
     submitted_at=st.floats(0, 10),
     parents=st.lists(st.sampled_from(Status), max_size=2).map(tuple),
+    adapter_parameters=st.integers(1, 5),
 ).map(lambda job: replace(job, world_size=WORLD[job.base]))
 hosts = st.builds(
     HostView,
@@ -133,6 +172,8 @@ hosts = st.builds(
     slots=st.integers(1, 3),
     residents=st.integers(0, 3).map(lambda n: frozenset(f"r{i}" for i in range(n))),
     visitors=st.integers(0, 1).map(lambda n: frozenset(f"v{i}" for i in range(n))),
+    adapter_parameters=st.integers(0, 6),
+    adapter_room=st.none() | st.integers(0, 12),
 ).map(lambda h: replace(h, world_size=WORLD[h.base], slots=max(h.slots, len(h.residents))))
 snapshots = st.builds(
     Snapshot,
@@ -157,10 +198,14 @@ def test_schedule_any_snapshot_gives_no_slot_rank_or_task_twice(snapshot):
     by_job = {job.job: job for job in snapshot.waiting}
     seats = {h.name: (h.base, h.slots - len(h.residents)) for h in snapshot.hosts}
     seats |= {h.name: (h.base, h.slots) for h in decision.start_hosts}
+    memory = {h.name: (h.adapter_parameters, h.adapter_room) for h in snapshot.hosts}
     for name, (base, free) in seats.items():
         placed = [by_job[job] for job, where in decision.placements.items() if where == name]
         assert all(job.base == base for job in placed)
-        assert sum(job.need is Need.SLOT for job in placed) <= free
+        seated = [job for job in placed if job.need is Need.SLOT]
+        assert len(seated) <= free
+        taken, room = memory.get(name, (0, None))
+        assert not seated or room is None or taken + sum(j.adapter_parameters for j in seated) <= room
     ranks = snapshot.capacity.gpus if snapshot.capacity.gpus else snapshot.capacity.cpus
     assert sum(h.world_size for h in decision.start_hosts) <= ranks
     started = len(decision.start_tasks)
@@ -192,6 +237,7 @@ def test_schedule_never_passes_over_an_older_job_of_the_same_base_and_need(snaps
         kind = (job.base, job.need)
         if decision.refusals.get(job.job) in (
             Reason.WAITS_FOR_SLOT,
+            Reason.WAITS_FOR_MEMORY,
             Reason.WAITS_FOR_HOST,
             Reason.WAITS_FOR_CPU,
         ):

@@ -1,0 +1,99 @@
+"""The memory model: a line that no measured peak lies above, and what it lets in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workers import memory
+from workers.memory import Peaks, adapter_room, is_out_of_memory, pass_room, upper_line, worst
+from workers.types import MemoryModel
+
+GIB = 1 << 30
+MODEL = MemoryModel(limit_bytes=10 * GIB, fixed_bytes=4 * GIB, bytes_per_token=1e6, bytes_per_parameter=16)
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**5), st.integers(0, 10**11)), min_size=1, max_size=8))
+def test_upper_line_has_no_point_above_it_and_does_not_fall(points):
+    slope, intercept = upper_line(points)
+    assert slope >= 0
+    assert all(peak <= intercept + slope * tokens + 1 for tokens, peak in points)
+
+
+def peaks_of(monkeypatch, peaks: list[tuple[int, int, int]]) -> Peaks:
+    """After passes of (tokens, adapter parameters, peak bytes)."""
+    found = Peaks(bytes_per_parameter=16)
+    for tokens, parameters, peak in peaks:
+        monkeypatch.setattr(memory, "peak_bytes", lambda peak=peak: peak)
+        found.seen(tokens, parameters)
+    return found
+
+
+def test_peaks_of_a_known_host_give_its_model(monkeypatch):
+    """fixed 1 GB, 16 bytes a parameter, 2,000 a token; loading left more behind than that."""
+    truth = [(n, p, 10**9 + 16 * p + 2000 * n) for n, p in ((512, 0), (1024, 10**6), (4096, 10**7))]
+    model = peaks_of(monkeypatch, [(0, 0, 9 * 10**8), *truth]).fit(GIB)
+    assert model == MemoryModel(GIB, 10**9, 2000.0, 16)
+
+
+def test_peaks_of_passes_that_are_alike_use_the_loaded_base_for_a_slope(monkeypatch):
+    model = peaks_of(monkeypatch, [(0, 0, 10**9), (1000, 0, 10**9 + 10**6)]).fit(GIB)
+    assert model == MemoryModel(GIB, 10**9, 1000.0, 16)
+
+
+def test_peaks_a_smaller_pass_after_a_larger_one_says_nothing(monkeypatch):
+    """The peak is still the larger one's."""
+    found = peaks_of(monkeypatch, [(0, 0, 100), (1000, 0, 5000), (10, 0, 5000)])
+    assert found.samples == {0: 100, 1000: 5000}
+
+
+def test_peaks_without_a_pass_or_without_figures_of_the_system_are_no_model(monkeypatch):
+    assert peaks_of(monkeypatch, [(0, 0, 10**9)]).fit(GIB) is None
+    assert peaks_of(monkeypatch, [(0, 0, 0), (64, 0, 0)]).fit(GIB) is None
+
+
+def test_adapter_room_and_pass_room_fill_nine_tenths_of_the_limit_together():
+    tokens = 2000
+    parameters = adapter_room(MODEL, tokens)
+    used = MODEL.fixed_bytes + 16 * parameters + MODEL.bytes_per_token * tokens
+    assert 0.9 * MODEL.limit_bytes - used < 16
+    assert pass_room(MODEL, parameters) in (tokens - 1, tokens)
+    assert adapter_room(MODEL, 10**6) == 0
+    assert pass_room(MODEL, 10**9) == 0
+
+
+def test_worst_of_two_ranks_holds_for_both():
+    other = MemoryModel(8 * GIB, 3 * GIB, 2e6, 16)
+    assert worst([MODEL, other]) == MemoryModel(8 * GIB, 4 * GIB, 2e6, 16)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (MemoryError(), True),
+        (RuntimeError("shape '[2]' is invalid for input of size 3"), False),
+        (ValueError("can't allocate memory"), False),
+    ],
+)
+def test_is_out_of_memory_knows_the_errors_of_allocators(error, expected):
+    assert is_out_of_memory(error) is expected
+
+
+def test_is_out_of_memory_knows_what_torch_says_on_this_cpu():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(raised.value)
+
+
+def test_free_bytes_is_the_control_groups_where_that_is_less(monkeypatch, tmp_path):
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    5000 kB\n")
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert memory.free_bytes() == 2_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_bytes() == 5000 * 1024

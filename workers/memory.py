@@ -1,0 +1,143 @@
+"""What a host's memory holds: a line fitted to measured peaks, and what still fits under the limit.
+
+    peak of a rank = fixed + bytes_per_parameter * adapter parameters + bytes_per_token * tokens of a pass
+
+The middle term is exact (weight, gradient and AdamW's two moments of every adapter); the others are fitted.
+Reads the GPU's allocator, or what the kernel tells of this process and its cgroup. No collectives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from workers.types import MemoryModel
+
+COPIES = 4
+"""Of each adapter parameter: itself, its gradient, AdamW's two moments."""
+KEPT_FREE = 0.1
+"""Share of the limit that no plan counts on: fragments, other processes, what was not measured."""
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+
+
+# ---- the model -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Peaks:
+    """Peaks of this rank since its base was loaded, against the largest pass so far."""
+
+    bytes_per_parameter: int
+    samples: dict[int, int] = field(default_factory=dict[int, int])
+    """Tokens of the largest pass so far -> highest peak so far, less the slots' bytes. 0: as loaded."""
+
+    def seen(self, tokens: int, adapter_parameters: int) -> None:
+        """After passes of up to `tokens` padded tokens beside slots of `adapter_parameters` in all."""
+        peak = peak_bytes() if tokens >= max(self.samples, default=0) else 0
+        if peak:  # a system that does not tell has no model
+            self.samples[tokens] = peak - self.bytes_per_parameter * adapter_parameters
+
+    def fit(self, limit_bytes: int) -> MemoryModel | None:
+        """None before any pass was seen."""
+        passes = {tokens: peak for tokens, peak in self.samples.items() if tokens > 0}
+        if not passes:
+            return None
+        # As loaded, nothing is warm yet; that point serves only while passes are too much alike for a slope.
+        points = passes if max(passes) >= 2 * min(passes) else self.samples
+        slope, fixed = upper_line(list(points.items()))
+        return MemoryModel(limit_bytes, round(fixed), round(slope, 1), self.bytes_per_parameter)
+
+
+def upper_line(points: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """(slope, intercept) of the least-squares line, not falling, lifted until no point lies above it."""
+    count = len(points)
+    mean_x, mean_y = sum(x for x, _ in points) / count, sum(y for _, y in points) / count
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0
+    slope = max(slope, 0.0)
+    return slope, max(y - slope * x for x, y in points)
+
+
+def worst(models: Sequence[MemoryModel]) -> MemoryModel:
+    """One model that holds for every rank."""
+    return MemoryModel(
+        min(model.limit_bytes for model in models),
+        max(model.fixed_bytes for model in models),
+        max(model.bytes_per_token for model in models),
+        max(model.bytes_per_parameter for model in models),
+    )
+
+
+def adapter_room(model: MemoryModel, tokens: int) -> int:
+    """Adapter parameters that fit beside passes of `tokens`, all slots together."""
+    free = (1 - KEPT_FREE) * model.limit_bytes - model.fixed_bytes - model.bytes_per_token * tokens
+    return max(0, int(free / model.bytes_per_parameter))
+
+
+def pass_room(model: MemoryModel, adapter_parameters: int) -> int:
+    """Tokens a pass may hold beside slots of `adapter_parameters` in all; 0 if none."""
+    slots = model.bytes_per_parameter * adapter_parameters
+    free = (1 - KEPT_FREE) * model.limit_bytes - model.fixed_bytes - slots
+    return max(0, int(free / max(model.bytes_per_token, 1.0)))
+
+
+# ---- reading the machine ---------------------------------------------------------------------------------
+
+
+def peak_bytes() -> int:
+    """Highest memory this rank has held since `forget_peak`: the GPU allocator's, or the resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return _kib(STATUS, "VmHWM")
+
+
+def forget_peak() -> None:
+    """Begin to measure peaks anew: loading a base may take more than holding it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    # Where the kernel refuses, the peak of loading stays in the model, which then promises too little.
+    with contextlib.suppress(OSError):
+        CLEAR_REFS.write_text("5")
+
+
+def limit_bytes(sharers: int) -> int:
+    """What this rank may hold, if `sharers` ranks of one machine share what is free on it."""
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved()
+    return _kib(STATUS, "VmRSS") + free_bytes() // sharers
+
+
+def free_bytes() -> int:
+    """Of this machine's main memory, or of the control group's if that is less."""
+    found = [_kib(MEMINFO, "MemAvailable")]
+    for most, used in (
+        (CGROUP / "memory.max", CGROUP / "memory.current"),
+        (CGROUP / "memory/memory.limit_in_bytes", CGROUP / "memory/memory.usage_in_bytes"),
+    ):
+        if most.is_file() and (text := most.read_text().strip()).isdigit():
+            found.append(int(text) - int(used.read_text()))
+    return max(0, min(found))
+
+
+def _kib(path: Path, key: str) -> int:
+    """The bytes in a line like `VmHWM:  1024 kB`; 0 where the system has no such file."""
+    if not path.is_file():
+        return 0
+    line = next((line for line in path.read_text().splitlines() if line.startswith(f"{key}:")), None)
+    return int(line.split()[1]) * 1024 if line else 0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: torch's error on a GPU, Python's, or the CPU allocator's plain one."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("can't allocate memory", "not enough memory")
+    )

@@ -1,0 +1,47 @@
+"""What all ranks do or none, and what rank 0 does for all: an expected failure is a value everywhere."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import TypeVar
+
+from workers.manifest import CorruptFolder
+from workers.memory import is_out_of_memory
+from workers.ranks import Ranks
+from workers.types import BadInput, StopCode
+
+T = TypeVar("T")
+Problem = tuple[StopCode, str]
+"""What stops a job, and the words for it."""
+
+
+def on_all(ranks: Ranks, act: Callable[[], T]) -> tuple[T, None] | tuple[None, Problem]:
+    """`act` on every rank. If it refuses on one it counts as refused on all, with the first problem."""
+    value: T | None = None
+    problem: Problem | None = None
+    try:
+        value = act()
+    except (BadInput, CorruptFolder, OSError) as error:
+        problem = ("bad_data", str(error) or type(error).__name__)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        problem = ("out_of_memory", str(error).strip().splitlines()[0] if str(error) else "out of memory")
+    problems = [other for other in ranks.gather(problem) if other]
+    if problems:
+        return None, problems[0]
+    assert value is not None, "what refuses nowhere gives a value everywhere"
+    return value, None
+
+
+def on_first(ranks: Ranks, write: Callable[[], object]) -> Problem | None:
+    """Let rank 0 write; every rank learns how it went."""
+    problem: Problem | None = None
+    if ranks.rank == 0:
+        try:
+            write()
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            problem = ("disk_full" if full else "internal_error", f"cannot save: {error}")
+    return ranks.broadcast(problem)
