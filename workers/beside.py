@@ -1,6 +1,6 @@
 """Adapters on layers that multiply by themselves: their weights lie packed, 4 bits each, and are no matrix.
 
-`lora.LoraLinear` does a layer's product and its updates in one function and reads the weight to do so. Here the
+`lora.LoraLinear` does a layer's product and its updates in one function and reads the weight for it. Here the
 layer computes y = x W^T and its own part of dx as it would alone, and the updates are added to both. That
 costs a copy of y more. Shapes: as in `workers.lora`.
 """
