@@ -67,7 +67,7 @@ def load_base(spec: BaseSpec, ranks: Ranks) -> Base:
     if not (folder / "config.json").is_file():
         raise BadInput(f"base_model: {folder} has no config.json; it must be a Hugging Face model folder")
     zero = _zero_mode(spec, ranks)
-    keep_alive = _announce_zero3(spec) if zero == "3" else None
+    keep_alive = _announce_zero3(spec, ranks) if zero == "3" else None
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=DTYPES[spec.dtype],
@@ -114,7 +114,7 @@ def _deepspeed_config(spec: BaseSpec) -> dict[str, Any]:
     }
 
 
-def _announce_zero3(spec: BaseSpec) -> Any:
+def _announce_zero3(spec: BaseSpec, ranks: Ranks) -> Any:
     """While the returned object lives, `from_pretrained` loads weights already partitioned."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -123,6 +123,7 @@ def _announce_zero3(spec: BaseSpec) -> Any:
 
     # DeepSpeed would compile a shared-memory all-reduce that only its inference engine calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    ranks.form_group()  # or DeepSpeed looks for MPI when one rank has no group
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     # DeepSpeed's early partitioning knows no float64; such a base is partitioned after loading instead.
     return None if spec.dtype == "float64" else HfDeepSpeedConfig(_deepspeed_config(spec))

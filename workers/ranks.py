@@ -46,6 +46,12 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def form_group(self) -> None:
+        """Make one rank a process group of its own, for a library that needs one; several are in one."""
+        if not dist.is_initialized():
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads its device from it
+            dist.init_process_group(_backend(), store=dist.HashStore(), rank=self.rank, world_size=1)
+
     def close(self) -> None:
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
@@ -61,8 +67,7 @@ def connect(rank: int, world_size: int, address: str, port: int) -> Ranks:
         MASTER_PORT=str(port),
     )
     if world_size > 1 and not dist.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(_backend(), rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
     return Ranks(rank, world_size)
 
 
@@ -72,3 +77,7 @@ def from_environment() -> Ranks:
         return Ranks()
     env = os.environ
     return connect(int(env["RANK"]), int(env["WORLD_SIZE"]), env["MASTER_ADDR"], int(env["MASTER_PORT"]))
+
+
+def _backend() -> str:
+    return "nccl" if torch.cuda.is_available() else "gloo"
