@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.optimization import get_scheduler
 
+from tests.numerics.masks import Masks, key_dropout, keys_of
 from workers.adapter import PREFIX, Adapter
 from workers.compose import padded_length
 from workers.data import encode_all
@@ -31,9 +32,16 @@ class Trained:
 
 
 def train_alone(
-    base: BaseSpec, job: JobSpec, first: Adapter, steps: int | None = None, hooked: bool = False
+    base: BaseSpec,
+    job: JobSpec,
+    first: Adapter,
+    steps: int | None = None,
+    hooked: bool = False,
+    masks: Masks | None = None,
 ) -> Trained:
     """Train `job` by itself, starting from `first`. All rows of a step in one padded batch.
+
+    Dropout, if the job has it, takes its masks from `masks`.
 
     With `hooked`, what several modules send back to a shared input is summed as under DeepSpeed's hooks.
     """
@@ -53,6 +61,7 @@ def train_alone(
     _set_factors(model, first)
     if hooked:
         _sum_by_module(model)
+    dropouts = key_dropout(model, masks, PREFIX) if masks else []
     model.train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     rows = encode_all(tokenizer, job.train, training.sequence_len)
@@ -69,7 +78,10 @@ def train_alone(
     losses = []
     for step in range(steps or total):
         samples = batch_samples(training.seed, step, len(rows), training.global_batch_size)
-        losses.append(_step(model, [rows[sample] for sample in samples]))
+        batch = [rows[sample] for sample in samples]
+        for dropout in dropouts:
+            dropout.keys = keys_of(batch, training.seed, step)
+        losses.append(_step(model, batch))
         if training.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(trainable, training.max_grad_norm)
         adamw.step()

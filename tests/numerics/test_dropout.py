@@ -4,37 +4,69 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
-from tests.numerics.jobs import adapters, attach, distance, run, test_base, three_jobs
+from tests.numerics.fleet import fleet
+from tests.numerics.jobs import (
+    adapters,
+    assert_same_bits,
+    attach,
+    distance,
+    first_adapter,
+    run,
+    test_base,
+    three_jobs,
+)
+from tests.numerics.masks import Masks
+from tests.numerics.reference import train_alone
 from workers.lora import DropoutKey, LoraLinear, Segment, install
 from workers.types import AdapterSpec
 
-
-def with_dropout(jobs):
-    return [replace(job, adapter=replace(job.adapter, lora_dropout=0.3)) for job in jobs]
-
-
-def test_dropout_alone_and_with_neighbours_is_bit_identical(tmp_path):
-    base = test_base(tmp_path, tokens_per_tick=800)
-    jobs = with_dropout(three_jobs(tmp_path, steps=8))
-    together = adapters(run(base, {0: attach(*jobs)}))
-    for job in jobs:
-        alone = replace(job, checkpoint_dir=job.checkpoint_dir + "-alone")
-        found = adapters(run(base, {0: attach(alone)}))[job.job]
-        for name, pair in together[job.job].factors.items():
-            assert torch.equal(found.factors[name][0], pair[0])
-            assert torch.equal(found.factors[name][1], pair[1])
+P = 0.3
+KEYS = (DropoutKey(1, 2, 3, tokens=20), DropoutKey(1, 2, 7, tokens=32), DropoutKey(1, 2, 5, tokens=9))
 
 
-def test_dropout_split_over_ranks_draws_the_same_masks(tmp_path):
+@pytest.mark.parametrize("module", ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"])
+def test_dropout_masks_of_a_row_are_the_same_bits_wherever_it_lies(tmp_path, module):
+    masks = Masks(test_base(tmp_path), P)
+    together = masks.of(module, KEYS, length=32)
+    for row, key in enumerate(KEYS):
+        alone = masks.of(module, [key], length=32)[0]
+        longer = masks.of(module, [KEYS[1], key], length=64, before=3)[1]
+        assert torch.equal(alone, together[row])
+        assert torch.equal(longer[: key.tokens], together[row, : key.tokens])
+        assert torch.equal(longer[key.tokens :], torch.ones_like(longer[key.tokens :]))
+
+
+def test_dropout_one_rank_is_bit_identical_to_peft_with_the_same_masks(tmp_path):
+    """So the base's product sees x itself, and the adapter's alone x dropped out."""
     base = test_base(tmp_path)
-    jobs = with_dropout(three_jobs(tmp_path, steps=20))
-    one = adapters(run(base, {0: attach(*jobs)}))
-    moved = [replace(job, checkpoint_dir=job.checkpoint_dir + "-two") for job in jobs]
-    two = adapters(run(base, {0: attach(*moved)}, world_size=2))
+    jobs = [
+        replace(job, training=replace(job.training, num_epochs=None, max_steps=12))
+        for job in fleet(tmp_path, same_length=True, dropout=P)
+    ]
+    found = adapters(run(base, {0: attach(*jobs[:2]), 5: attach(*jobs[2:])}))
+    masks = Masks(base, P)
     for job in jobs:
-        assert distance(two[job.job].factors, one[job.job].factors) < 1e-5
+        alone = train_alone(base, job, first_adapter(base, job), masks=masks)
+        assert_same_bits(found[job.job].factors, alone.factors, job.job)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("float64", 1e-12)])
+def test_dropout_split_over_ticks_and_ranks_agrees_with_peft_with_the_same_masks(
+    tmp_path, dtype, bound, world_size
+):
+    base = test_base(tmp_path, dtype=dtype, tokens_per_tick=800)
+    jobs = [
+        replace(job, adapter=replace(job.adapter, lora_dropout=P)) for job in three_jobs(tmp_path, steps=12)
+    ]
+    found = adapters(run(base, {0: attach(*jobs)}, world_size))
+    masks = Masks(base, P)
+    for job in jobs:
+        alone = train_alone(base, job, first_adapter(base, job), masks=masks)
+        assert distance(found[job.job].factors, alone.factors) < bound, job.job
 
 
 def test_dropout_keeps_its_rate_and_scales_what_is_kept():
