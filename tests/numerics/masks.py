@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.numerics.slots import factors, put
 from workers.base import DTYPES
 from workers.lora import DropoutKey, Segment, install
 from workers.rows import Row
@@ -32,7 +33,8 @@ class Masks:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
-            for a, b in zip(*[iter(self._slots.create(0, spec, seed=0))] * 2, strict=True):
+            put(self._slots, 0, spec)
+            for a, b in factors(self._slots, 0):
                 a.fill_(1)
                 b.zero_()[0] = 1
 
@@ -42,7 +44,7 @@ class Masks:
         `before` rows without an adapter come first in the micro-batch.
         """
         layer = self._model.get_submodule(module)
-        width = layer.base_layer.in_features
+        width = self._slots.layers[module].in_features
         rows_in_all = before + len(rows)
         x_RTD = torch.ones(rows_in_all, length, width, dtype=self._model.dtype, requires_grad=True)
         with self._slots.rows([Segment(0, before, rows_in_all, tuple(rows))]):

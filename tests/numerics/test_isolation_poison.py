@@ -15,6 +15,7 @@ from tests.models import write_rows
 from tests.numerics.fleet import elsewhere
 from tests.numerics.jobs import adapters, assert_same_bits, attach, drive, test_base, three_jobs
 from tests.numerics.pair import two_ranks
+from tests.numerics.slots import clear_gradients, factors, gradients, put
 from workers.adapter import Adapter
 from workers.compose import Chunk, MicroBatch
 from workers.host import Host
@@ -47,7 +48,7 @@ def run_poisoned(ranks: Ranks, base: BaseSpec, script: Mapping[int, list[Command
     def poisoning() -> list[Event]:
         if next(ticks) == POISONED_AT and value is not None:
             with torch.no_grad():
-                host.base.slots.parameters(host.residents[BAD].slot)[0][0, 0] = value
+                factors(host.base.slots, host.residents[BAD].slot)[0][0][0, 0] = value
         return tick()
 
     host.tick = poisoning
@@ -212,21 +213,19 @@ def test_isolation_rows_of_minus_100_give_no_gradient_and_touch_no_neighbour(tmp
     healthy = one_chunk(Row(0, tokens, tokens), Row(1, tokens[::-1], tokens[::-1]))
     learned, masked = (one_chunk(Row(0, tokens, labels)) for labels in (tokens, (-100,) * len(tokens)))
     shares = {name: Share(slot, 0, 0, 0.0, 26) for slot, name in enumerate(("bad", "good"))}
-    parameters = {
-        name: host.base.slots.create(share.slot, AdapterSpec(4, 8), share.slot)
-        for name, share in shares.items()
-    }
-    with torch.no_grad():
-        for tensor in (*parameters["bad"], *parameters["good"]):
-            tensor.add_(0.01)
+    for share in shares.values():
+        put(host.base.slots, share.slot, AdapterSpec(4, 8))
+        with torch.no_grad():
+            for _, b in factors(host.base.slots, share.slot):
+                b.add_(0.01)
     grads = {}
     for kind, chunk in (("learned", learned), ("masked", masked)):
-        losses = forward_backward(
-            host.base, Ranks(), MicroBatch(32, (("bad", chunk), ("good", healthy))), shares
-        )
-        assert (losses["bad"] == 0) == (kind == "masked")
-        grads[kind] = {name: [p.grad.clone() for p in tensors] for name, tensors in parameters.items()}
-        for tensor in (*parameters["bad"], *parameters["good"]):
-            tensor.grad = None
-    assert not any(bool(grad.any()) for grad in grads["masked"]["bad"])
-    assert all(map(torch.equal, grads["learned"]["good"], grads["masked"]["good"]))
+        micro_batch = MicroBatch(32, (("bad", chunk), ("good", healthy)))
+        losses = forward_backward(host.base, Ranks(), micro_batch, shares)
+        assert (float(losses["bad"]) == 0) == (kind == "masked")
+        for name, share in shares.items():
+            grads[kind, name] = gradients(host.base.slots, share.slot)
+            clear_gradients(host.base.slots, share.slot)
+    assert any(bool(grad.any()) for grad in grads["learned", "bad"])
+    assert not any(bool(grad.any()) for grad in grads["masked", "bad"])
+    assert all(map(torch.equal, grads["learned", "good"], grads["masked", "good"]))

@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.models import make_base
 from tests.numerics.jobs import drive, job
 from tests.numerics.pair import two_ranks
+from tests.numerics.slots import clear_gradients, gradients, put
 from workers.compose import Chunk, MicroBatch
 from workers.host import Host
 from workers.rows import Row
@@ -53,9 +54,8 @@ def thousand_compositions(ranks, base: BaseSpec, seed: int) -> tuple[set[str], i
     rank had a gradient."""
     host, draw = Host.load(base, ranks), random.Random(seed)
     for slot, targets in enumerate(SLOTS.values()):
-        host.base.slots.create(slot, AdapterSpec(4, 8, 0.1, targets), seed=slot)
+        put(host.base.slots, slot, AdapterSpec(4, 8, 0.1, targets), seed=slot)
     shares = {name: Share(slot, slot, 0, 0.1, target_tokens=50) for slot, name in enumerate(SLOTS)}
-    parameters = {name: host.base.slots.parameters(share.slot) for name, share in shares.items()}
     traces, exact = [], True
     for number in range(COMPOSITIONS):
         micro_batch = random_composition(draw)
@@ -63,11 +63,10 @@ def thousand_compositions(ranks, base: BaseSpec, seed: int) -> tuple[set[str], i
         losses = passing(host.base, ranks, micro_batch, shares)
         present = {name for name, chunk in micro_batch.chunks if chunk.rows[ranks.rank]}
         assert losses.keys() == present, number
-        for name, tensors in parameters.items():
-            touched = any(p.grad is not None and bool(p.grad.any()) for p in tensors)
+        for name, share in shares.items():
+            touched = any(bool(gradient.any()) for gradient in gradients(host.base.slots, share.slot))
             exact &= touched == (name in present and passing is forward_backward)
-            for parameter in tensors:
-                parameter.grad = None
+            clear_gradients(host.base.slots, share.slot)
         traces.append(host.base.trace)
     return set(traces[2:]), len(traces), exact
 
