@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from tests.numerics.jobs import attach, job
-from workers.host import Host
-from workers.types import AdapterSpec, Attach, Command, Detach, Event, JobSpec, TrainingSpec
+from workers.types import AdapterSpec, Attach, Command, Detach, JobSpec, TrainingSpec
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LAST_LAYER = ("layers.1.self_attn.o_proj", "layers.1.mlp.down_proj")
@@ -100,14 +99,3 @@ def comings_and_goings(jobs: Sequence[JobSpec], seed: int) -> dict[int, list[Com
 def elsewhere(jobs: Sequence[JobSpec], name: str) -> list[JobSpec]:
     """The same jobs with checkpoints of their own."""
     return [replace(spec, checkpoint_dir=f"{spec.checkpoint_dir}-{name}") for spec in jobs]
-
-
-def drive_by_tick(host: Host, script: Mapping[int, list[Command]]) -> list[list[Event]]:
-    """Each tick's events, those of the commands before it first, until nobody is resident."""
-    ticks: list[list[Event]] = []
-    while host.busy or len(ticks) <= max(script):
-        events: list[Event] = []
-        for command in script.get(len(ticks), []):
-            events += host.apply(command)
-        ticks.append([*events, *host.tick()] if host.busy else events)
-    return ticks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,22 +10,24 @@ from pathlib import Path
 import pytest
 from torch.utils.checkpoint import CheckpointError
 
-from tests.numerics.fleet import comings_and_goings, drive_by_tick, elsewhere, fleet
-from tests.numerics.jobs import assert_same_bits, distance, first_adapter, test_base
+from tests.numerics.fleet import comings_and_goings, elsewhere, fleet
+from tests.numerics.jobs import assert_same_bits, distance, drive, first_adapter, test_base
 from tests.numerics.pair import one_rank, two_ranks
 from tests.numerics.reference import Trained, train_alone
 from workers import checkpoint
 from workers.adapter import read_adapter
 from workers.host import Host
 from workers.ranks import Ranks
-from workers.types import Attached, BaseSpec, CheckpointSaved, Detached, JobSpec, StepDone, TrainingFinished
+from workers.types import BaseSpec, CheckpointSaved, Detached, Event, JobSpec, StepDone, TrainingFinished
 
 NO_PERSISTENCE = {"stage3_param_persistence_threshold": 0}
 """Otherwise DeepSpeed keeps parameters as small as these on every rank."""
 PLAIN = {"zero": "none"}
 PARTITIONED = {"zero": "3", "deepspeed": NO_PERSISTENCE}
-FIVE_TICKS = 750
-"""A budget at which the fleet's steps take from one tick to five."""
+SEVERAL_TICKS = 750
+"""A budget at which the largest steps of the fleet are cut."""
+TWO_ROWS = 150
+"""A budget at which a chunk holds two of the rows of equal length."""
 AT_ONCE = 16384
 RECOMPUTED_WITHOUT_ADAPTERS = (
     "workers/step.py: forward_backward calls backward() after `slots.rows` has ended, so the recomputation "
@@ -40,7 +43,8 @@ class Run:
     factors: Mapping[str, Mapping]
     left_at: int
     """Steps that `leaver` had done."""
-    ticks_a_step: frozenset[int]
+    summed_over: frozenset[int]
+    """Numbers of ticks over which steps summed up their gradient."""
     zero: str
     trace: str
     partitioned: bool
@@ -48,8 +52,8 @@ class Run:
 
 def run_fleet(ranks: Ranks, base: BaseSpec, script) -> Run:
     host = Host.load(base, ranks)
-    ticks = drive_by_tick(host, script)
-    events = [event for tick in ticks for event in tick]
+    summed_over = watch_accumulation(host)
+    events = drive(host, script)
     steps: dict[str, dict[int, float]] = {}
     for event in events:
         if isinstance(event, StepDone):
@@ -64,26 +68,32 @@ def run_fleet(ranks: Ranks, base: BaseSpec, script) -> Run:
         {job: [by_step[step] for step in sorted(by_step)] for job, by_step in steps.items()},
         {job: read_adapter(path).factors for job, path in paths.items()},
         leaver.step,
-        frozenset(ticks_a_step(ticks)),
+        frozenset(summed_over),
         host.base.zero,
         host.base.trace,
         host.base.partitioned,
     )
 
 
-def ticks_a_step(ticks) -> set[int]:
-    """How many ticks the jobs' steps took, but for the first after a job came."""
-    last: dict[str, int] = {}
-    spans = set()
-    for number, events in enumerate(ticks):
-        for event in events:
-            if isinstance(event, Attached | Detached):
-                last.pop(event.job, None)
-            elif isinstance(event, StepDone):
-                # A resumed job tells its former steps again, all in the tick it came.
-                if last.get(event.job, number) != number:
-                    spans.add(number - last[event.job])
-                last[event.job] = number
+def watch_accumulation(host: Host) -> set[int]:
+    """A set that fills with the numbers of ticks over which steps, of any job, summed up their gradient."""
+    tick, worked, spans = host.tick, Counter[str](), set()
+
+    def watched() -> list[Event]:
+        waiting = {job: (each.step, len(each.chunks)) for job, each in host.residents.items()}
+        for gone in worked.keys() - waiting.keys():
+            del worked[gone]
+        events = tick()
+        done = {event.job for event in events if isinstance(event, StepDone)}
+        for job, (step, chunks) in waiting.items():
+            resident = host.residents.get(job)
+            if job in done or (resident and (resident.step, len(resident.chunks)) != (step, chunks)):
+                worked[job] += 1
+        for job in done:
+            spans.add(worked.pop(job))
+        return events
+
+    host.tick = watched
     return spans
 
 
@@ -125,11 +135,25 @@ HOSTS = {"plain": (1, PLAIN), "zero-3": (1, PARTITIONED), "zero-3 on two ranks":
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("float64", 1e-12)])
 def test_parity_steps_split_over_ticks_and_ranks_agrees(world, kind, dtype, bound):
     world_size, host = HOSTS[kind]
-    run = world.run(world.mixed, world_size, dtype=dtype, tokens_per_tick=FIVE_TICKS // world_size, **host)
+    run = world.run(world.mixed, world_size, dtype=dtype, tokens_per_tick=SEVERAL_TICKS // world_size, **host)
     assert (run.zero, run.partitioned) == (host["zero"], host["zero"] == "3")
     assert run.trace in ("none", "COMPLETE")
-    assert {1, 2, 3, 4, 5} <= run.ticks_a_step
+    assert {1, 2} <= run.summed_over
     assert_agrees(world, run, world.mixed, dtype, bound)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "bound"), [("plain", "float32", 1e-5), ("zero-3 on two ranks", "float64", 1e-12)]
+)
+def test_parity_gradients_summed_over_one_to_five_ticks_agree(world, kind, dtype, bound):
+    world_size, host = HOSTS[kind]
+    jobs = [
+        replace(job, training=replace(job.training, global_batch_size=batch, num_epochs=None, max_steps=50))
+        for job, batch in zip(world.equal, (1, 3, 5, 7, 9, 2), strict=True)
+    ]
+    run = world.run(jobs, world_size, dtype=dtype, tokens_per_tick=TWO_ROWS // world_size, **host)
+    assert run.summed_over == {1, 2, 3, 4, 5}
+    assert_agrees(world, run, jobs, dtype, bound)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -149,7 +173,7 @@ def test_parity_bfloat16_errs_no_more_than_twice_what_peft_does(world, kind):
     operand or a lost scaling is a hundred times that.
     """
     world_size, host = HOSTS[kind]
-    budget = FIVE_TICKS // world_size
+    budget = SEVERAL_TICKS // world_size
     run = world.run(world.mixed, world_size, dtype="bfloat16", tokens_per_tick=budget, **host)
     for job in world.mixed:
         steps = run.left_at if job.job == "leaver" else None
@@ -162,7 +186,7 @@ def test_parity_bfloat16_errs_no_more_than_twice_what_peft_does(world, kind):
 @pytest.mark.parametrize("kind", ["plain", "zero-3 on two ranks"])
 def test_parity_activation_checkpointing_agrees(world, kind):
     world_size, host = HOSTS[kind]
-    budget = FIVE_TICKS // world_size
+    budget = SEVERAL_TICKS // world_size
     run = world.run(world.mixed, world_size, activation_checkpointing=True, tokens_per_tick=budget, **host)
     assert_agrees(world, run, world.mixed, "float32", 1e-5)
 
