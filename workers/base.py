@@ -21,7 +21,7 @@ from workers import beside, head, lora
 from workers.int8 import Int8, store
 from workers.memory import COPIES
 from workers.ranks import Ranks
-from workers.slots import Slots
+from workers.slots import Arithmetic, Slots
 from workers.types import BadInput, BaseSpec
 
 INT8 = "zero_quantized_nontrainable_weights"
@@ -69,11 +69,11 @@ class Base:
     def bytes_per_parameter(self) -> int:
         """Of an adapter in a slot: weight, gradient and AdamW's two moments, float32 at least.
 
-        A GPU holds a copy of the weights in the base's dtype beside them, if that is another.
+        Fused arithmetic holds a copy of the weights in the base's dtype beside them, if that is another.
         """
         dtype = DTYPES[self.spec.dtype]
         trained = torch.promote_types(dtype, torch.float32)
-        copied = dtype.itemsize if self.device.type == "cuda" and dtype != trained else 0
+        copied = dtype.itemsize if self.slots.arithmetic == "fused" and dtype != trained else 0
         return COPIES * trained.itemsize + copied
 
     @property
@@ -107,8 +107,8 @@ def load_base(spec: BaseSpec, ranks: Ranks) -> Base:
         parameters = model.num_parameters()  # two weights share a byte
     _freeze(model, spec)
     layers = lora.linear_layers(model, excluded=[model.get_output_embeddings()])
-    slots = Slots(layers, DTYPES[spec.dtype], device)
-    adapters = lora.Adapters(slots, "fused" if device.type == "cuda" else "exact")
+    slots = Slots(layers, DTYPES[spec.dtype], device, _arithmetic(spec, device))
+    adapters = lora.Adapters(slots)
     (beside if spec.load_in_4bit else lora).install(adapters)
     head.install(model)
     base = Base(spec, model, tokenizer, slots, adapters, zero, device, parameters)
@@ -125,6 +125,13 @@ def _device() -> torch.device:
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _arithmetic(spec: BaseSpec, device: torch.device) -> Arithmetic:
+    """`auto` gives plain PEFT's bits where that costs little, and speed on a GPU."""
+    if spec.arithmetic == "auto":
+        return "fused" if device.type == "cuda" else "exact"
+    return spec.arithmetic
 
 
 def _zero_mode(spec: BaseSpec, ranks: Ranks) -> Literal["none", "3"]:

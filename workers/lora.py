@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from workers.dropout import DropoutKey, draw_mask
 from workers.products import Batched
-from workers.runs import Arithmetic, Kept, Run, join
+from workers.runs import ExactRun, FusedRun, Kept, Run, join
 from workers.slots import Slots
 
 
@@ -36,9 +36,9 @@ class Segment:
 class Adapters:
     """What the layers of a model consult: the slots, and whose rows the current micro-batch holds."""
 
-    def __init__(self, slots: Slots, arithmetic: Arithmetic) -> None:
+    def __init__(self, slots: Slots) -> None:
         self.slots = slots
-        self.arithmetic: Arithmetic = arithmetic
+        self._kind = ExactRun if slots.arithmetic == "exact" else FusedRun
         self._segments: tuple[Segment, ...] = ()
         self.anchor = torch.zeros((), requires_grad=True)
         """Gives a layer a backward pass where its input asks for no gradient."""
@@ -67,7 +67,7 @@ class Adapters:
             mask_ND = mask_STD.flatten(0, 1)
         tokens = x_RTD.shape[1]
         start, stop = segment.start * tokens, min(segment.stop, len(x_RTD)) * tokens
-        return Run(start, stop, (factors,), Batched(1), self.arithmetic, factors.r, mask_ND)
+        return self._kind(start, stop, (factors,), Batched(1), factors.r, mask_ND)
 
 
 class LoraProduct(torch.autograd.Function):
@@ -102,7 +102,7 @@ class LoraProduct(torch.autograd.Function):
         x_ND, grad_NO = x_RTD.flatten(0, -2), grad_RTO.flatten(0, -2)
         base_dx_ND = grad_NO @ weight_OD if ctx.needs_input_grad[1] else None
         dx_ND = base_dx_ND
-        if base_dx_ND is not None and runs[0].arithmetic == "exact":
+        if base_dx_ND is not None and isinstance(runs[0], ExactRun):
             dx_ND = torch.zeros_like(x_ND)
         for number, run in enumerate(runs):
             run.add_gradients(x_ND, grad_NO, Kept(*kept[3 * number : 3 * number + 3]), dx_ND)

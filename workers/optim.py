@@ -26,7 +26,7 @@ class JobOptimizer:
             betas=(training.adam_beta1, training.adam_beta2),
             eps=training.adam_epsilon,
             weight_decay=training.weight_decay,
-            fused=slot.weights.is_cuda,
+            fused=slot.fused,
         )
         warmup = math.ceil(training.warmup_ratio * num_steps)
         name = "constant_with_warmup" if training.lr_scheduler == "constant" else training.lr_scheduler

@@ -34,6 +34,13 @@ class Batched:
             return x_NK @ w_JKM[0]
         return torch.bmm(self._split(x_NK), w_JKM).flatten(0, 1)
 
+    def add_by_columns(self, into_NM: Tensor, x_NK: Tensor, w_JKM: Tensor) -> None:
+        """by_columns added in place; the sum is rounded once."""
+        if self.jobs == 1:
+            into_NM.addmm_(x_NK, w_JKM[0])
+        else:
+            self._split(into_NM).baddbmm_(self._split(x_NK), w_JKM)
+
     def outer(self, x_NK: Tensor, y_NM: Tensor) -> Tensor:
         if self.jobs == 1:
             return (x_NK.t() @ y_NM).unsqueeze(0)
@@ -61,6 +68,10 @@ class Grouped:
 
     def by_columns(self, x_NK: Tensor, w_JKM: Tensor) -> Tensor:
         return F.grouped_mm(x_NK, w_JKM, offs=self.ends_J)
+
+    def add_by_columns(self, into_NM: Tensor, x_NK: Tensor, w_JKM: Tensor) -> None:
+        """by_columns added in place."""
+        into_NM += self.by_columns(x_NK, w_JKM)
 
     def outer(self, x_NK: Tensor, y_NM: Tensor) -> Tensor:
         return F.grouped_mm(x_NK.t(), y_NM, offs=self.ends_J)

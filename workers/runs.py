@@ -1,19 +1,20 @@
-"""One layer's updates for neighbouring jobs, forward and back: the mathematics of LoRA, written once.
+"""One layer's updates for neighbouring jobs, forward and back: the mathematics of LoRA.
 
     y += s (x A^T) B^T                                (LoRA, arXiv 2106.09685 equation 3, s = alpha / r)
     with g = dL/dy:  dB = s g^T (x A^T),  dA = (s g B)^T x,  dx += (s g B) A
 
-In exact arithmetic every product and sum is rounded where PEFT rounds it: s multiplies the wide [N, O]
-result, unless it is a power of two, when it may as well multiply the narrow [N, r] one. In fused arithmetic it
-always multiplies the narrow one, and what can be added in place is added in place.
+Two arithmetics. `ExactRun` rounds every product and sum where PEFT rounds it, so that a job's bits are those
+of plain PEFT. `FusedRun` scales the narrow [N, r] product instead of the wide one, reads B transposed, which
+a narrow product much prefers, and adds in place what it can. Tests hold each to its contract.
 Shapes: N tokens, J jobs; D features in, O features out; r rank.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,71 +23,41 @@ from torch import Tensor
 from workers.products import Batched, Grouped
 from workers.slots import Factors
 
-Arithmetic = Literal["exact", "fused"]
-
 
 class Kept(NamedTuple):
-    """What the way back needs of the way there: A [J, r, D], B [J, O, r], x A^T [N, r]."""
+    """What the way back needs of the way there: the stacked A and B, and x A^T [N, r]."""
 
-    a_JrD: Tensor
-    b_JOr: Tensor
+    a: Tensor
+    b: Tensor
     down_Nr: Tensor
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(ABC):
     """Neighbouring segments whose updates are computed at once, in tokens [start, stop)."""
 
     start: int
     stop: int
     factors: tuple[Factors, ...]
     products: Batched | Grouped
-    arithmetic: Arithmetic
     rank: int
     mask_ND: Tensor | None = None
-    """Dropout's multiplier; None without dropout."""
+    """Dropout's multiplier; None without dropout. A run with one has a single job."""
 
-    @property
-    def scales_narrow(self) -> bool:
-        return self.arithmetic == "fused" or all(f.scaling_is_exact for f in self.factors)
-
+    @abstractmethod
     def add_update(self, x_ND: Tensor, y_NO: Tensor) -> Kept:
         """Add the run's updates to its tokens of y, in place."""
-        a_JrD, b_JOr = self._stacked()
-        down_Nr = self.products.by_rows(self._input(x_ND), a_JrD)
-        into = y_NO[self.start : self.stop]
-        if self.scales_narrow:
-            down_Nr = self._scaled(down_Nr)
-            self._add(into, down_Nr, b_JOr.transpose(1, 2))
-        else:
-            into += self._scaled(self.products.by_rows(down_Nr, b_JOr))
-        return Kept(a_JrD, b_JOr, down_Nr)
 
+    @abstractmethod
     def add_gradients(self, x_ND: Tensor, grad_NO: Tensor, kept: Kept, dx_ND: Tensor | None) -> None:
         """Add dA and dB to the slots' buffers, and the run's part of dx to dx, in place."""
-        grad_NO = grad_NO[self.start : self.stop].to(kept.a_JrD.dtype)
-        if self.scales_narrow:
-            d_down_Nr = self._scaled(self.products.by_columns(grad_NO, kept.b_JOr))
-        else:
-            grad_NO = self._scaled(grad_NO)
-            d_down_Nr = self.products.by_columns(grad_NO, kept.b_JOr)
-        da_JrD = self.products.outer(d_down_Nr, self._input(x_ND))
-        db_JOr = self.products.outer(grad_NO, kept.down_Nr)
-        for factors, da, db in zip(self.factors, da_JrD, db_JOr, strict=True):
-            factors.a_grad += da[: factors.r]
-            factors.b_grad += db[:, : factors.r]
-        if dx_ND is None:
-            return
-        if self.mask_ND is None:
-            self._add(dx_ND[self.start : self.stop], d_down_Nr, kept.a_JrD)
-        else:
-            dx_ND[self.start : self.stop] += self.products.by_columns(d_down_Nr, kept.a_JrD) * self.mask_ND
 
-    def _add(self, into_NM: Tensor, x_NK: Tensor, w_JKM: Tensor) -> None:
-        if self.arithmetic == "fused" and len(self.factors) == 1:
-            into_NM.addmm_(x_NK, w_JKM[0])
-        else:
-            into_NM += self.products.by_columns(x_NK, w_JKM)
+    @abstractmethod
+    def alike(self, other: Run) -> bool:
+        """Whether the two may be one run."""
+
+    def follows(self, other: Run) -> bool:
+        return other.stop == self.start and self.mask_ND is None and other.mask_ND is None
 
     def _input(self, x_ND: Tensor) -> Tensor:
         """The run's tokens, in the adapters' precision, dropped out."""
@@ -99,20 +70,79 @@ class Run:
             return x_NK if scaling[0] == 1 else x_NK * scaling[0]
         return x_NK * self.products.per_token(x_NK.new_tensor(scaling), len(x_NK))
 
-    def _stacked(self) -> tuple[Tensor, Tensor]:
-        """Every job's A and B as one tensor; a lower rank than the run's is filled up with zeros."""
-        if len(self.factors) == 1:
-            return self.factors[0].a.unsqueeze(0), self.factors[0].b.unsqueeze(0)
-        a = [F.pad(f.a, (0, 0, 0, self.rank - f.r)) if f.r < self.rank else f.a for f in self.factors]
-        b = [F.pad(f.b, (0, self.rank - f.r)) if f.r < self.rank else f.b for f in self.factors]
-        return torch.stack(a), torch.stack(b)
+    def _dropped(self, dx_ND: Tensor) -> Tensor:
+        return dx_ND if self.mask_ND is None else dx_ND * self.mask_ND
+
+
+class ExactRun(Run):
+    """PEFT's operations in PEFT's order. s may move to the narrow product if it is a power of two."""
+
+    @property
+    def _narrow(self) -> bool:
+        return _scaling_is_exact(self)
+
+    def add_update(self, x_ND: Tensor, y_NO: Tensor) -> Kept:
+        a_JrD, b_JOr = _stack([f.a for f in self.factors]), _stack([f.b for f in self.factors])
+        down_Nr = self.products.by_rows(self._input(x_ND), a_JrD)
+        down_Nr = self._scaled(down_Nr) if self._narrow else down_Nr
+        update_NO = self.products.by_rows(down_Nr, b_JOr)
+        y_NO[self.start : self.stop] += update_NO if self._narrow else self._scaled(update_NO)
+        return Kept(a_JrD, b_JOr, down_Nr)
+
+    def add_gradients(self, x_ND: Tensor, grad_NO: Tensor, kept: Kept, dx_ND: Tensor | None) -> None:
+        grad_NO = grad_NO[self.start : self.stop].to(kept.a.dtype)
+        grad_NO = grad_NO if self._narrow else self._scaled(grad_NO)
+        d_down_Nr = self.products.by_columns(grad_NO, kept.b)
+        d_down_Nr = self._scaled(d_down_Nr) if self._narrow else d_down_Nr
+        da_JrD = self.products.outer(d_down_Nr, self._input(x_ND))
+        db_JOr = self.products.outer(grad_NO, kept.down_Nr)
+        for factors, da, db in zip(self.factors, da_JrD, db_JOr, strict=True):
+            factors.a_grad += da
+            factors.b_grad += db
+        if dx_ND is not None:
+            dx_ND[self.start : self.stop] += self._dropped(self.products.by_columns(d_down_Nr, kept.a))
+
+    def alike(self, other: Run) -> bool:
+        """Among equals alone does a batched product keep every job's bits."""
+        same_size = self.stop - self.start == other.stop - other.start
+        return same_size and self.rank == other.rank and self._narrow == _scaling_is_exact(other)
+
+
+class FusedRun(Run):
+    """Fewest passes over wide tensors. Ranks of one bucket go together, filled up with zeros."""
+
+    def add_update(self, x_ND: Tensor, y_NO: Tensor) -> Kept:
+        a_JrD = _stack([_filled(f.a, self.rank) for f in self.factors])
+        b_JrO = _stack([_filled(f.b.t(), self.rank) for f in self.factors])
+        down_Nr = self._scaled(self.products.by_rows(self._input(x_ND), a_JrD))
+        self.products.add_by_columns(y_NO[self.start : self.stop], down_Nr, b_JrO)
+        return Kept(a_JrD, b_JrO, down_Nr)
+
+    def add_gradients(self, x_ND: Tensor, grad_NO: Tensor, kept: Kept, dx_ND: Tensor | None) -> None:
+        grad_NO = grad_NO[self.start : self.stop].to(kept.a.dtype)
+        d_down_Nr = self._scaled(self.products.by_rows(grad_NO, kept.b))
+        da_JrD = self.products.outer(d_down_Nr, self._input(x_ND))
+        db_JrO = self.products.outer(kept.down_Nr, grad_NO)
+        for factors, da, db in zip(self.factors, da_JrD, db_JrO, strict=True):
+            factors.a_grad += da[: factors.r]
+            factors.b_grad += db[: factors.r].t()
+        if dx_ND is None:
+            return
+        if self.mask_ND is None:
+            self.products.add_by_columns(dx_ND[self.start : self.stop], d_down_Nr, kept.a)
+        else:
+            dx_ND[self.start : self.stop] += self._dropped(self.products.by_columns(d_down_Nr, kept.a))
+
+    def alike(self, other: Run) -> bool:
+        return bucket(self.rank) == bucket(other.rank)
 
 
 def join(runs: Sequence[Run]) -> list[Run]:
     """Neighbours that one batched product can serve, as one run. `runs` have a job each, in token order."""
     groups: list[list[Run]] = []
     for run in runs:
-        if groups and _alike(groups[-1][-1], run):
+        last = groups[-1][-1] if groups else None
+        if last is not None and run.follows(last) and run.alike(last):
             groups[-1].append(run)
         else:
             groups.append([run])
@@ -124,21 +154,24 @@ def bucket(r: int) -> int:
     return max(8, 1 << (r - 1).bit_length())
 
 
-def _alike(left: Run, right: Run) -> bool:
-    """Whether two runs may be one. An exact product keeps its bits only among equals."""
-    if left.stop != right.start or left.mask_ND is not None or right.mask_ND is not None:
-        return False
-    if left.arithmetic == "fused":
-        return bucket(left.rank) == bucket(right.rank)
-    same_size = left.stop - left.start == right.stop - right.start
-    return same_size and left.rank == right.rank and left.scales_narrow == right.scales_narrow
-
-
 def _joined(runs: Sequence[Run]) -> Run:
     first, last = runs[0], runs[-1]
     factors = tuple(run.factors[0] for run in runs)
-    if first.arithmetic == "exact":
-        return Run(first.start, last.stop, factors, Batched(len(runs)), "exact", first.rank)
+    if len({(run.stop - run.start, run.rank) for run in runs}) == 1:
+        return type(first)(first.start, last.stop, factors, Batched(len(runs)), first.rank)
     ends = torch.tensor([run.stop - first.start for run in runs], dtype=torch.int32)
     products = Grouped(ends.to(factors[0].a.device, non_blocking=True))
-    return Run(first.start, last.stop, factors, products, "fused", bucket(first.rank))
+    return type(first)(first.start, last.stop, factors, products, bucket(first.rank))
+
+
+def _scaling_is_exact(run: Run) -> bool:
+    return all(f.scaling_is_exact for f in run.factors)
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """[J, ...], contiguous; a view where that will do."""
+    return tensors[0].contiguous().unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _filled(x_rK: Tensor, rank: int) -> Tensor:
+    return F.pad(x_rK, (0, 0, 0, rank - len(x_rK))) if len(x_rK) < rank else x_rK

@@ -1,4 +1,4 @@
-"""The adapters resident on a base: a slot is one job's factors in a flat buffer, and their gradients in another.
+"""The adapters resident on a base: a slot is one flat buffer of factors and one of gradients.
 
 The factors of a layer are views into the buffers, so the optimizer, the norm and the reduction over ranks
 work on one tensor a job. They live outside the module tree: ZeRO-3 neither partitions nor sees them.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from workers.adapter import Adapter, lora_scaling, short_names
 from workers.dropout import seed_of
 from workers.types import AdapterSpec, BadInput
+
+Arithmetic = Literal["exact", "fused"]
+"""exact: PEFT's precision, operations and order. fused: the base's precision, fewest passes over memory."""
 
 
 @dataclass
@@ -49,8 +53,10 @@ class Slot:
         scaling: Mapping[str, float],
         dropout: float,
         products: torch.dtype,
+        fused: bool,
     ) -> None:
         """`values[layer]` are A and B as they start. Layers multiply by copies in `products`."""
+        self.fused = fused
         flat = torch.cat([tensor.flatten() for pair in values.values() for tensor in pair])
         self.weights = nn.Parameter(flat)
         self.weights.grad = torch.zeros_like(flat)
@@ -77,14 +83,20 @@ class Slot:
 class Slots:
     """Every adapter on a base, by slot number, and the linear layers they may sit on."""
 
-    def __init__(self, layers: Mapping[str, nn.Linear], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Linear],
+        dtype: torch.dtype,
+        device: torch.device,
+        arithmetic: Arithmetic,
+    ) -> None:
         """`dtype` and `device` are the base's."""
         self.layers = dict(layers)
         # Adapters train in float32 on a half-precision base, as PEFT's do; in float64 on a float64 base.
         self._dtype = torch.promote_types(dtype, torch.float32)
         self._device = device
-        # A GPU multiplies in the base's precision; a CPU, to give PEFT's bits, in the adapter's.
-        self._products = dtype if device.type == "cuda" else self._dtype
+        self.arithmetic: Arithmetic = arithmetic
+        self._products = dtype if arithmetic == "fused" else self._dtype
         self._slots: dict[int, Slot] = {}
 
     def __getitem__(self, slot: int) -> Slot:
@@ -165,7 +177,7 @@ class Slots:
             return tensor.to(self._device, self._dtype)
 
         moved = {name: (placed(a), placed(b)) for name, (a, b) in values.items()}
-        self._slots[slot] = Slot(moved, scaling, dropout, self._products)
+        self._slots[slot] = Slot(moved, scaling, dropout, self._products, self.arithmetic == "fused")
         return self._slots[slot]
 
 

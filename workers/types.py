@@ -37,6 +37,8 @@ class BaseSpec:
     """NF4 by bitsandbytes; on a GPU and with `zero` none."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     activation_checkpointing: bool = False
+    arithmetic: Literal["auto", "exact", "fused"] = "auto"
+    """Of the adapters: exact rounds as PEFT does, bit for bit; fused is faster. auto: exact on a CPU."""
     slots: int = 8
     tokens_per_tick: int | Literal["auto"] = 4096
     """Padded tokens one rank may hold in one micro-batch, and spend in one tick; `auto` measures it."""

@@ -41,8 +41,8 @@ def test_dropout_split_over_ranks_draws_the_same_masks(tmp_path):
 
 def adapted(model, spec):
     """`model` with one fresh adapter in slot 0, and what its layers consult."""
-    slots = Slots(linear_layers(model), torch.float32, torch.device("cpu"))
-    adapters = Adapters(slots, "exact")
+    slots = Slots(linear_layers(model), torch.float32, torch.device("cpu"), "exact")
+    adapters = Adapters(slots)
     install(adapters)
     slots.create(0, spec, seed=0)
     return adapters

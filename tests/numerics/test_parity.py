@@ -51,6 +51,18 @@ def test_parity_mixed_lengths_and_late_join_agrees(tmp_path, dtype, world_size):
         assert distance(found[job.job].factors, alone.factors) < bound
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_parity_fused_arithmetic_agrees(tmp_path, world_size):
+    base = test_base(tmp_path, arithmetic="fused", tokens_per_tick=1024)
+    jobs = three_jobs(tmp_path)
+    events = run(base, join_late(jobs, tick=7), world_size)
+    found = adapters(events)
+    for job in jobs:
+        alone = train_alone(base, job, first_adapter(base, job))
+        assert largest_gap(losses(events, job.job), alone.losses) < 1e-5
+        assert distance(found[job.job].factors, alone.factors) < 1e-5
+
+
 def test_parity_neighbours_and_budget_change_no_bit(tmp_path):
     """Stronger than the contract: with the same ranks, composition never shows in the result."""
     jobs = three_jobs(tmp_path, steps=12)

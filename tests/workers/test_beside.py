@@ -32,11 +32,11 @@ def one_pass(kind, install, arithmetic, input_grad):
     torch.manual_seed(0)
     layers = [kind(12, 20), kind(20, 8)]
     model = torch.nn.Sequential(*layers).double().requires_grad_(False)
-    slots = Slots(lora.linear_layers(model), torch.float64, torch.device("cpu"))
+    slots = Slots(lora.linear_layers(model), torch.float64, torch.device("cpu"), arithmetic)
     if kind is Packed:
         for layer in layers:
             layer.pack()
-    adapters = Adapters(slots, arithmetic)
+    adapters = Adapters(slots)
     install(adapters)
     for slot, spec in enumerate(SPECS):
         for _, b in slots.create(slot, spec, seed=slot).values().values():

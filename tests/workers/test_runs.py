@@ -25,8 +25,8 @@ def gradients(arithmetic, segments):
     """Every slot's gradient, and the input's, of one pass through two layers."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.Linear(48, 32)).requires_grad_(False)
-    slots = Slots(linear_layers(model), torch.float32, torch.device("cpu"))
-    adapters = Adapters(slots, arithmetic)
+    slots = Slots(linear_layers(model), torch.float32, torch.device("cpu"), arithmetic)
+    adapters = Adapters(slots)
     install(adapters)
     for slot, spec in enumerate(SPECS):
         values = slots.create(slot, spec, seed=slot).values()
