@@ -92,6 +92,8 @@ class Host:
         for micro_batch in composition.micro_batches:
             if not self._run(micro_batch):
                 return self._ran_out(micro_batch)
+        if self.capacity.calibrating and self.base.device.type == "cuda":
+            torch.cuda.synchronize()  # else the clock would time the queueing alone
         seconds = time.monotonic() - started
         events = self._end_steps([resident for resident in self.residents.values() if not resident.chunks])
         largest = max(micro_batch.tokens for micro_batch in composition.micro_batches)

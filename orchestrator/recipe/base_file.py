@@ -65,7 +65,7 @@ class BaseFile(Model):
     activation_checkpointing: bool = False
     """Keep no activations for the backward pass: half as much again to compute, far less to hold."""
     arithmetic: Literal["auto", "exact", "fused"] = "auto"
-    """Of adapters: exact gives plain PEFT's bits, fused is faster; auto is exact on a CPU, fused on a GPU."""
+    """Of the adapters: exact gives plain PEFT's bits, fused is faster; auto is exact on a CPU."""
     world_size: Count = 1
     """Ranks of a host."""
     slots: Count = 8

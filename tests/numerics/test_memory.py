@@ -74,3 +74,8 @@ def test_memory_is_reported_after_sixteen_ticks_and_then_at_doubled_times(tmp_pa
     assert 0 < model.fixed_bytes < model.limit_bytes
     assert measured.adapter_parameters > parameters
     assert measured.tokens_per_pass == 1024
+
+
+def test_memory_of_a_slot_in_fused_arithmetic_counts_the_copy_that_the_products_read(tmp_path):
+    host = Host.load(test_base(tmp_path, dtype="bfloat16", arithmetic="fused"), Ranks())
+    assert host.base.bytes_per_parameter == 4 * 4 + 2
