@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from workers.types import BaseSpec, Command, EvaluationReport, Event, Task
+from orchestrator.disk import is_full
+from workers.types import BadInput, BaseSpec, Command, EvaluationReport, Event, Task
 
 # ---- cluster ------------------------------------------------------------------------------------------
 
@@ -27,12 +28,21 @@ class Capacity:
 class TaskResult:
     """End of a CPU task: `value` on success, else `error` in one sentence.
 
-    `refused` tells a wrong input (the user's) from a failure of ours.
+    `refused` tells a wrong input (the user's) from a failure of ours; `disk_full` may pass by itself.
     """
 
     value: Any = None
     error: str | None = None
     refused: bool = False
+    disk_full: bool = False
+
+    @classmethod
+    def of(cls, error: BaseException) -> TaskResult:
+        """What a task that raised came to."""
+        if isinstance(error, BadInput):
+            return cls(error=str(error), refused=True)
+        first = next(iter(str(error).strip().splitlines()), "no message")
+        return cls(error=f"{type(error).__name__}: {first}", disk_full=is_full(error))
 
 
 class ClusterUnreachable(Exception):

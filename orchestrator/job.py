@@ -55,13 +55,14 @@ class Reason(StrEnum):
     CONTROLLER_RESTARTED = "controller_restarted"
     INTERRUPTED = "interrupted"
     REGISTRY_AWAY = "registry_away"
+    DISK_FULL = "disk_full"
     CANCELLED_BY_USER = "cancelled_by_user"
     PARENT_FAILED = "parent_failed"
     BAD_DATA = "bad_data"
     DIVERGED = "diverged"
     OUT_OF_MEMORY = "out_of_memory"
     TOO_LARGE = "too_large"
-    DISK_FULL = "disk_full"
+    OUT_OF_RETRIES = "out_of_retries"
     GATE_FAILED = "gate_failed"
     FUSION_REFUSED = "fusion_refused"
     RELEASE_REFUSED = "release_refused"
@@ -71,36 +72,40 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True)
 class ReasonRow:
-    """What a reason does to a job: its next status, how many more attempts it may have, its words."""
+    """What a reason does to a job: its next status, how often it may end an attempt, its words."""
 
     status: Status
-    retries: int
+    retries: int | None
+    """How often it may send a job that was under way back to WAITING; None: as often as it happens."""
     words: str
 
 
 MANY = 1_000
 
 REASONS: dict[Reason, ReasonRow] = {
-    Reason.SUBMITTED: ReasonRow(Status.WAITING, MANY, "submitted"),
-    Reason.WAITS_FOR_PARENTS: ReasonRow(Status.WAITING, MANY, "waits for the jobs it depends on"),
-    Reason.WAITS_FOR_HOST: ReasonRow(Status.WAITING, MANY, "waits for a host to load its base"),
-    Reason.WAITS_FOR_SLOT: ReasonRow(Status.WAITING, MANY, "waits for a free slot on a host of its base"),
-    Reason.WAITS_FOR_MEMORY: ReasonRow(Status.WAITING, MANY, "waits for memory on a host of its base"),
-    Reason.WAITS_FOR_CPU: ReasonRow(Status.WAITING, MANY, "waits for a free CPU"),
-    Reason.PLACED: ReasonRow(Status.STARTING, MANY, "placed on a host"),
-    Reason.ATTACHED: ReasonRow(Status.RUNNING, MANY, "running"),
-    Reason.STEPS_DONE: ReasonRow(Status.STOPPING, MANY, "all steps done; leaving the cluster"),
+    Reason.SUBMITTED: ReasonRow(Status.WAITING, None, "submitted"),
+    Reason.WAITS_FOR_PARENTS: ReasonRow(Status.WAITING, None, "waits for the jobs it depends on"),
+    Reason.WAITS_FOR_HOST: ReasonRow(Status.WAITING, None, "waits for a host to load its base"),
+    Reason.WAITS_FOR_SLOT: ReasonRow(Status.WAITING, None, "waits for a free slot on a host of its base"),
+    Reason.WAITS_FOR_MEMORY: ReasonRow(Status.WAITING, None, "waits for memory on a host of its base"),
+    Reason.WAITS_FOR_CPU: ReasonRow(Status.WAITING, None, "waits for a free CPU"),
+    Reason.PLACED: ReasonRow(Status.STARTING, None, "placed on a host"),
+    Reason.ATTACHED: ReasonRow(Status.RUNNING, None, "running"),
+    Reason.STEPS_DONE: ReasonRow(Status.STOPPING, None, "all steps done; leaving the cluster"),
     Reason.DONE: ReasonRow(Status.SUCCEEDED, 0, "done"),
     Reason.PREEMPTED: ReasonRow(Status.WAITING, MANY, "paused for a job that goes first"),
     Reason.HOST_LOST: ReasonRow(Status.WAITING, MANY, "its host was lost; goes on from the last checkpoint"),
     Reason.CONTROLLER_RESTARTED: ReasonRow(
-        Status.WAITING, MANY, "chorus was restarted; goes on from the last checkpoint"
+        Status.WAITING, None, "chorus was restarted; goes on from the last checkpoint"
     ),
     Reason.INTERRUPTED: ReasonRow(
-        Status.WAITING, MANY, "chorus was stopped; run it again to go on from the last checkpoint"
+        Status.WAITING, None, "chorus was stopped; run it again to go on from the last checkpoint"
     ),
     Reason.REGISTRY_AWAY: ReasonRow(
-        Status.WAITING, MANY, "the registry does not answer; will be tried again"
+        Status.WAITING, None, "the registry does not answer; will be tried again"
+    ),
+    Reason.DISK_FULL: ReasonRow(
+        Status.WAITING, 100, "the disk is full; will be tried again, from the last checkpoint"
     ),
     Reason.CANCELLED_BY_USER: ReasonRow(Status.CANCELLED, 0, "cancelled"),
     Reason.PARENT_FAILED: ReasonRow(Status.FAILED, 0, "a job it depends on did not succeed"),
@@ -108,7 +113,7 @@ REASONS: dict[Reason, ReasonRow] = {
     Reason.DIVERGED: ReasonRow(Status.FAILED, 0, "its gradient stayed non-finite"),
     Reason.OUT_OF_MEMORY: ReasonRow(Status.FAILED, 0, "it does not fit in memory"),
     Reason.TOO_LARGE: ReasonRow(Status.FAILED, 0, "it needs more ranks than the cluster has"),
-    Reason.DISK_FULL: ReasonRow(Status.FAILED, 0, "the disk is full"),
+    Reason.OUT_OF_RETRIES: ReasonRow(Status.FAILED, 0, "it was tried again as often as is allowed"),
     Reason.GATE_FAILED: ReasonRow(Status.FAILED, 0, "it did not pass its gates"),
     Reason.FUSION_REFUSED: ReasonRow(Status.FAILED, 0, "its adapters cannot be fused"),
     Reason.RELEASE_REFUSED: ReasonRow(Status.FAILED, 0, "its release cannot be written"),
@@ -127,6 +132,19 @@ def next_status(current: Status, reason: Reason) -> Status:
     if target != current and target not in ALLOWED[current]:
         raise IllegalSwitch(f"{current} -> {target} ({reason}) is not allowed")
     return target
+
+
+def ends_attempt(current: Status, reason: Reason) -> bool:
+    """Whether `reason` sends a job that is under way back to the queue: what its retries count."""
+    return current is not Status.WAITING and REASONS[reason].status is Status.WAITING
+
+
+def within_budget(reason: Reason, message: str, used: int) -> tuple[Reason, str]:
+    """The reason and message of an attempt that ends, when `used` earlier ones ended for the same reason."""
+    row = REASONS[reason]
+    if row.retries is None or used < row.retries:
+        return reason, message
+    return Reason.OUT_OF_RETRIES, f"{used} times: {row.words}{': ' if message else ''}{message}"
 
 
 def run_status(statuses: Iterable[Status]) -> Status:

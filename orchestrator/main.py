@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from typing import TYPE_CHECKING
 
 from orchestrator.commands.cli import app
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 def main() -> None:
     """Run one command of the command line and exit with its code."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would break the live table
+    # Read when torch is imported, here and in the processes of a Ray of our own: idle threads must not spin.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app(prog_name="chorus", obj=real_parts())
 
 
 def real_parts() -> Parts:
-    return Parts(store=open_store, registry=open_registry, cluster=open_cluster)
+    return Parts(store=open_store, server=open_server, registry=open_registry, cluster=open_cluster)
 
 
 @contextmanager
@@ -34,6 +36,12 @@ def open_store(home: Home) -> Generator[Store]:
 
     with closing(Store.open(home.database)) as store:
         yield store
+
+
+def open_server(home: Home) -> AbstractContextManager[object]:
+    from orchestrator.registry import server as tracking_server
+
+    return tracking_server.start(home.folder)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ class Rank:
         logging.basicConfig(
             filename=path, force=True, format="%(asctime)s %(levelname)s %(name)s %(message)s"
         )
-        # Before torch and DeepSpeed are imported: both read theirs when they are.
+        # Before torch and DeepSpeed are imported: both read theirs when they are, threads among them.
         os.environ.update(environment)
         self.mail = Mail()
 
@@ -46,12 +46,9 @@ class Rank:
 
         Raises whatever ended the host.
         """
-        import torch
-
         from workers.host import Host
         from workers.ranks import connect
 
-        torch.set_num_threads(1)
         address, port = endpoints[0]
         if len({node for node, _ in endpoints}) == 1:
             # One machine: stay on its loopback, whatever becomes of its other interfaces.

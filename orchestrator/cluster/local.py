@@ -98,11 +98,9 @@ class LocalCluster:
         """Runs it before returning."""
         try:
             self._tasks[task_id] = TaskResult(value=run(task))
-        except BadInput as error:
-            self._tasks[task_id] = TaskResult(error=str(error), refused=True)
         except Exception as error:
             log.exception("task %s failed", task_id)
-            self._tasks[task_id] = TaskResult(error=f"{type(error).__name__}: {error}")
+            self._tasks[task_id] = TaskResult.of(error)
 
     def task_result(self, task_id: str) -> TaskResult | None:
         """Raises KeyError for a task that was never submitted to this cluster."""

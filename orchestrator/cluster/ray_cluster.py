@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ from orchestrator.cluster import ray_watch
 from orchestrator.contracts import Capacity, ClusterUnreachable, TaskResult
 from workers.actor import RankActor, run_task
 from workers.serve import Polled, failure_words
-from workers.types import BadInput, BaseSpec, Command, Event, HostFailed, Task
+from workers.types import BaseSpec, Command, Event, HostFailed, Task
 
 ANSWER_SECONDS = 0.2
 """Longest wait for an actor's answer in one `poll`; a later poll picks up a late one. Usually 2 ms."""
@@ -46,9 +49,10 @@ class RayCluster:
     """A Ray of our own on this machine, or (`address`) one that exists.
 
     Each rank logs to `<home>/logs/hosts/<host>/rank<n>.log`: Ray's own logs go when a Ray of our own ends.
-    One's own ends with this process, however that ends. A rank holds one CPU, for its one thread, and a GPU
-    if the cluster has any. CPU tasks hold none: on a machine whose CPUs are all held by the ranks of a host,
-    a fusion would otherwise wait for the host, and the host's next job for the fusion.
+    One's own ends with this process, however that ends. A rank holds one CPU, and a GPU if the cluster has
+    any; its threads are an equal share of the CPUs that no rank computes on yet. CPU tasks hold none: on a
+    machine whose CPUs are all held by the ranks of a host, a fusion would otherwise wait for the host, and
+    the host's next job for the fusion.
     """
 
     def __init__(self, home: Path, num_cpus: int | None = None, address: str | None = None) -> None:
@@ -58,10 +62,11 @@ class RayCluster:
         self._tasks: dict[str, Any] = {}
         self._watch: subprocess.Popen[bytes] | None = None
         try:
-            if address is None:
-                self._watch = _start_ray(home, num_cpus)
-            else:
-                ray.init(address=address, **_QUIET)
+            with _signals_kept():
+                if address is None:
+                    self._watch = _start_ray(home, num_cpus)
+                else:
+                    ray.init(address=address, **_QUIET)
         except (RayError, ConnectionError, RuntimeError, OSError) as error:
             raise ClusterUnreachable(f"Ray does not answer: {error}") from error
 
@@ -76,7 +81,14 @@ class RayCluster:
     def start_host(self, host: str, base: BaseSpec, world_size: int) -> None:
         assert host not in self._gangs, f"host {host} is running already"
         on_gpus = ray.cluster_resources().get("GPU", 0.0) > 0
-        self._gangs[host] = start_gang(base, world_size, on_gpus, self._logs / host)
+        threads = self._threads(world_size)
+        self._gangs[host] = start_gang(base, world_size, on_gpus, threads, self._logs / host)
+
+    def _threads(self, world_size: int) -> int:
+        """Of each rank: together never more than the cores of a node, as Ray packs a gang if it can."""
+        most = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=1.0)
+        taken = sum(len(gang.ranks) * gang.threads for gang in self._gangs.values())
+        return max(1, int(most - taken) // world_size)
 
     def send(self, host: str, command: Command) -> None:
         """A host that is gone takes no commands: its HostFailed was or will be polled."""
@@ -122,7 +134,7 @@ class RayCluster:
         try:
             return TaskResult(value=ray.get(done[0]))
         except RayTaskError as error:
-            return _task_failure(error.cause)
+            return TaskResult.of(error.cause)
         except RayError as error:
             return TaskResult(error=f"the process of the task was lost: {_first_line(error)}")
 
@@ -147,6 +159,8 @@ class Gang:
     runs: list[Any]
     """One reference a rank to its `serve`: it is done only when that rank has ended."""
     endpoints: list[Any]
+    threads: int
+    """Of each rank."""
     started: float = field(default_factory=time.monotonic)
     after: int = 0
     rounds: int = 0
@@ -195,7 +209,7 @@ class Gang:
         return len(done) == len(self.endpoints)
 
 
-def start_gang(base: BaseSpec, world_size: int, on_gpus: bool, logs: Path) -> Gang:
+def start_gang(base: BaseSpec, world_size: int, on_gpus: bool, threads: int, logs: Path) -> Gang:
     """Reserve a bundle for each rank and start it there. Returns at once: Ray places them when it can."""
     resources = {"CPU": 1.0, "GPU": 1.0} if on_gpus else {"CPU": 1.0}
     group = placement_group([resources] * world_size, strategy="PACK")
@@ -204,17 +218,22 @@ def start_gang(base: BaseSpec, world_size: int, on_gpus: bool, logs: Path) -> Ga
             num_cpus=1,
             num_gpus=int(on_gpus),
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, index),
-        ).remote(_rank_environment(on_gpus), str(logs / f"rank{index}.log"))
+        ).remote(_rank_environment(on_gpus, threads), str(logs / f"rank{index}.log"))
         for index in range(world_size)
     ]
     endpoints = [rank.endpoint.remote() for rank in ranks]
     runs = [rank.serve.remote(base, index, *endpoints) for index, rank in enumerate(ranks)]
-    return Gang(group, ranks, runs, endpoints)
+    return Gang(group, ranks, runs, endpoints, threads)
 
 
-def _rank_environment(on_gpus: bool) -> dict[str, str]:
-    """Ray shows a rank its own GPU alone, so its index among the visible ones is always 0."""
-    environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "LOCAL_RANK": "0"}
+def _rank_environment(on_gpus: bool, threads: int) -> dict[str, str]:
+    """What a rank sets before it imports torch.
+
+    Ray shows a rank its own GPU alone, so its index among the visible ones is always 0. A thread that waits
+    must sleep: one that spins takes the core from the thread, or the process, that it waits for.
+    """
+    environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    environment |= {"TOKENIZERS_PARALLELISM": "false", "LOCAL_RANK": "0"}
     return environment if on_gpus else {**environment, "DS_ACCELERATOR": "cpu"}
 
 
@@ -230,13 +249,7 @@ def _ended_words(rank: int, run: Any) -> str:
     return f"rank {rank} left the host"
 
 
-# ---- tasks, and Ray itself ------------------------------------------------------------------------------
-
-
-def _task_failure(cause: Exception) -> TaskResult:
-    if isinstance(cause, BadInput):
-        return TaskResult(error=str(cause), refused=True)
-    return TaskResult(error=f"{type(cause).__name__}: {_first_line(cause)}")
+# ---- Ray itself -----------------------------------------------------------------------------------------
 
 
 def _first_line(error: BaseException) -> str:
@@ -265,6 +278,19 @@ def _start_ray(home: Path, num_cpus: int | None) -> subprocess.Popen[bytes]:
         **_QUIET,
     )
     return watch
+
+
+@contextmanager
+def _signals_kept() -> Generator[None]:
+    """SIGTERM stays ours: Ray's handler exits while Ray starts, and later prints a stack trace and aborts."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _private_token() -> None:

@@ -64,6 +64,8 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="FILE", help="A recipe or a 
 Reference = Annotated[str, typer.Argument(metavar="NAME@REF", help="NAME@champion, NAME@3 or NAME/3.")]
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="A job's id or name.")]
 JobOrRun = Annotated[str, typer.Argument(metavar="JOB|RUN", help="Id or name of a job or of a run.")]
+RegisteredName = Annotated[str, typer.Argument(help="Registered name.")]
+NewFolder = Annotated[Path, typer.Option(help="A folder that does not exist yet.")]
 DEFAULT_HOME = Path(".chorus")
 
 
@@ -197,7 +199,7 @@ def compare(
 @app.command()
 def promote(
     ctx: typer.Context,
-    name: Annotated[str, typer.Argument(help="Registered name.")],
+    name: RegisteredName,
     version: Annotated[str, typer.Argument(help="Its number, or an alias like candidate.")],
     home: HomeFolder = DEFAULT_HOME,
 ) -> None:
@@ -210,7 +212,7 @@ def promote(
 @app.command()
 def rollback(
     ctx: typer.Context,
-    name: Annotated[str, typer.Argument(help="Registered name.")],
+    name: RegisteredName,
     home: HomeFolder = DEFAULT_HOME,
 ) -> None:
     """Make the previous champion champion again."""
@@ -223,7 +225,7 @@ def rollback(
 def fuse(
     ctx: typer.Context,
     adapters: Annotated[list[str], typer.Argument(help="Versions (NAME@champion, NAME/3) or PEFT folders.")],
-    out: Annotated[Path, typer.Option(help="A folder that does not exist yet.")],
+    out: NewFolder,
     weights: Annotated[str, typer.Option(help="One figure an adapter, like 1,0.5; left out, 1 each.")] = "",
     rule: Annotated[str, typer.Option(help="cat: the exact sum; svd: the nearest of a given rank.")] = "cat",
     rank: Annotated[int | None, typer.Option(min=1, help="Of the result; rule svd only.")] = None,
@@ -250,7 +252,7 @@ def _weights(text: str) -> tuple[float, ...]:
 def release(
     ctx: typer.Context,
     reference: Reference,
-    out: Annotated[Path, typer.Option(help="A folder that does not exist yet.")],
+    out: NewFolder,
     merged: Annotated[bool, typer.Option("--merged", help="A full model instead of the adapter.")] = False,
     base: Annotated[str | None, typer.Option(help="Base file or model folder, if it was moved.")] = None,
     home: HomeFolder = DEFAULT_HOME,

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import errno
 
+from orchestrator.disk import is_full
+
 OK, INTERNAL, USAGE, REFUSED, UNREACHABLE = 0, 1, 2, 3, 4
 FAILED, UNFINISHED, NOT_FOUND, CANCELLED, INTERRUPTED = 100, 101, 102, 103, 130
 
 
 class Refused(Exception):
     """What was asked for is against a gate or a policy."""
+
+
+class DiskFull(Exception):
+    """A disk takes no more; the message says where, how much is free, and what to do."""
 
 
 class TaskFailed(Exception):
@@ -55,12 +61,13 @@ def _codes() -> tuple[tuple[type[BaseException], int], ...]:
         (ClusterUnreachable, UNREACHABLE),
         (CorruptFolder, INTERNAL),
         (TaskFailed, INTERNAL),
+        (DiskFull, INTERNAL),
     )
 
 
 def _explain_os(error: OSError) -> tuple[int, str]:
     where = f" ({error.filename})" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if is_full(error):
         return INTERNAL, f"the disk takes no more{where}; free some space and run the same command again"
     return INTERNAL, f"{error.strerror or error}{where}"
 
@@ -71,6 +78,8 @@ def _explain_sql(error: BaseException) -> tuple[int, str] | None:
 
     if not isinstance(error, OperationalError):
         return None
+    if is_full(error):
+        return INTERNAL, "the disk of this home takes no more; free some space and run the same command again"
     return INTERNAL, f"the database of this home cannot be used: {_one_line(error.orig or error)}"
 
 

@@ -17,6 +17,7 @@ from orchestrator.commands.home import Home
 from orchestrator.commands.parts import ClusterChoice, Parts
 from orchestrator.contracts import AdapterVersion, Cluster, Registry
 from orchestrator.control.submission import read_order
+from orchestrator.disk import room
 from orchestrator.recipe.base_file import anchor, load_base
 from orchestrator.recipe.file import Place
 from workers.types import BadInput, BaseSpec, ExportTask, FuseTask, Task
@@ -148,11 +149,16 @@ def _downloaded(registry: Registry, home: Home, version: AdapterVersion) -> Path
 
 
 def _carry_out(cluster: Cluster, task: Task) -> dict[str, Any]:
-    """Run a task to its end. Raises BadInput, TaskFailed."""
+    """Run a task to its end. Raises BadInput, DiskFull, TaskFailed."""
     key = uuid4().hex
     cluster.submit_task(key, task)
     while (result := cluster.task_result(key)) is None:
         time.sleep(POLL_SECONDS)
     if result.error is None:
         return result.value
+    if result.disk_full:
+        where = room(Path(task.out_dir))
+        raise errors.DiskFull(
+            f"the disk takes no more: {where}; free some space and run the same command again"
+        )
     raise BadInput(result.error) if result.refused else errors.TaskFailed(result.error)

@@ -29,5 +29,7 @@ class Parts:
     """Each is made when a command first needs it, and let go at its end."""
 
     store: Callable[[Home], AbstractContextManager[Store]]
+    server: Callable[[Home], AbstractContextManager[object]]
+    """The registry's server, started and held, nothing heavy imported: for a thread beside other work."""
     registry: Callable[[Home], AbstractContextManager[Registry]]
     cluster: Callable[[Home, ClusterChoice], AbstractContextManager[Cluster]]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,10 @@ from orchestrator.commands.planning import (
     releases,
 )
 from orchestrator.commands.progress import RunProgress, why
+from orchestrator.contracts import Cluster
 from orchestrator.control.controller import Controller
 from orchestrator.control.submission import new_run, read_order
+from orchestrator.disk import is_full, room
 from orchestrator.job import Reason, Status
 from orchestrator.plan.plan import make_plan
 from orchestrator.plan.steps import Plan
@@ -63,6 +66,7 @@ def run(parts: Parts, options: RunOptions) -> int:
     for notice in pipeline.notices:
         out.print(f"note: {notice}", soft_wrap=True)
     with ExitStack() as stack:
+        stack.enter_context(_told_of_a_full_disk(options))
         stack.enter_context(options.home.claim())
         store = stack.enter_context(parts.store(options.home))
         plan, digests = _plan(parts, options, pipeline, stack)
@@ -79,6 +83,21 @@ def run(parts: Parts, options: RunOptions) -> int:
             remove_unpublished(options.home.folder, releases(plan).values())
             return _work(parts, options, store, run_id, out)
     return _leave_to_background(options, run_id, out)
+
+
+@contextmanager
+def _told_of_a_full_disk(options: RunOptions) -> Generator[None]:
+    """Raises DiskFull for what says so less well: SQLite names no folder, and nobody what is free."""
+    try:
+        yield
+    except Exception as error:
+        if not is_full(error):
+            raise
+        where = Path(getattr(error, "filename", None) or options.home.folder)
+        raise errors.DiskFull(
+            f"the disk takes no more: {room(where)}; what is done is kept: free some space and go on with "
+            f"`{_same_again(options)}`"
+        ) from error
 
 
 def _plan(
@@ -113,8 +132,8 @@ def _work(parts: Parts, options: RunOptions, store: Store, run_id: str, out: Con
     try:
         with _log_to(home.log), _terminated_like_interrupted(), ExitStack() as stack:
             out.print("starting the MLflow server and the cluster")
+            cluster = stack.enter_context(_beside_the_server(parts, options))
             registry = stack.enter_context(parts.registry(home))
-            cluster = stack.enter_context(parts.cluster(home, options.cluster))
             controller = Controller(store, cluster, registry, home.folder, run_id)
             tick = stack.enter_context(watching(RunProgress(store, run_id), out))
             controller.run(on_tick=tick)
@@ -124,6 +143,20 @@ def _work(parts: Parts, options: RunOptions, store: Store, run_id: str, out: Con
         out.print(f"stopped; what is done is kept. To go on: {_same_again(options)}", soft_wrap=True)
         return errors.INTERRUPTED
     return _conclude(store, run_id, options, out)
+
+
+@contextmanager
+def _beside_the_server(parts: Parts, options: RunOptions) -> Generator[Cluster]:
+    """The cluster, with the registry's server started meanwhile: each takes seconds.
+
+    Ray wants the thread that lives on, so the server has the other one. An error of either ends both.
+    """
+    with ExitStack() as stack:
+        with ThreadPoolExecutor(1) as pool:
+            server = pool.submit(stack.enter_context, parts.server(options.home))
+            cluster = stack.enter_context(parts.cluster(options.home, options.cluster))
+            server.result()
+        yield cluster
 
 
 def _conclude(store: Store, run_id: str, options: RunOptions, out: Console) -> int:
@@ -149,7 +182,7 @@ def exit_code(jobs: Sequence[JobRow]) -> int:
 def _log_to(file: Path) -> Generator[None]:
     """Send what is logged to the home's log: on the screen it would break the table."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(file, encoding="utf-8")
+    handler = _QuietFile(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     before = root.handlers[:]
@@ -159,6 +192,13 @@ def _log_to(file: Path) -> Generator[None]:
     finally:
         root.handlers[:] = before
         handler.close()
+
+
+class _QuietFile(logging.FileHandler):
+    """A log on a full disk loses lines; it must not print tracebacks between those of the run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
 
 
 @contextmanager

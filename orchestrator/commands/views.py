@@ -74,6 +74,8 @@ def metric_view(row: MetricRow) -> dict[str, Any]:
         "eval_loss": row.eval_loss,
         "grad_norm": row.grad_norm,
         "learning_rate": row.learning_rate,
+        "tokens": row.tokens,
+        "seconds": row.seconds,
         "tokens_per_second": row.tokens / row.seconds if row.seconds > 0 else None,
         "skipped": row.skipped,
         "attempt": row.attempt,

@@ -7,7 +7,6 @@ Protocols.
 
 from __future__ import annotations
 
-import errno
 import logging
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -24,6 +23,7 @@ from orchestrator.control.registration import GateFailed, Registration
 from orchestrator.control.steps import Steps
 from orchestrator.control.submission import NEEDS
 from orchestrator.control.work import Work
+from orchestrator.disk import is_full, scarce
 from orchestrator.job import Reason, Status
 from orchestrator.placement import NewHost
 from orchestrator.queue import Need, Waiting
@@ -51,7 +51,7 @@ class Controller:
         run: str | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        home = home.resolve()
+        self._home = home = home.resolve()
         self._run = run
         self._backoff = Backoff(clock)
         self._work = work = Work(store, cluster, home, clock)
@@ -221,7 +221,7 @@ class Controller:
             raise
         except RegistryUnreachable as error:
             self._backoff.failed()
-            self._stop(job, Reason.REGISTRY_AWAY, str(error))
+            self._stop(job, Reason.REGISTRY_AWAY, f"{error}{scarce(self._home)}")
         except GateFailed as error:
             self._stop(job, Reason.GATE_FAILED, str(error))
         except BadInput as error:
@@ -229,10 +229,11 @@ class Controller:
         except LostFolder as error:
             self._redo(job, error)
         except Exception as error:
-            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
             log.exception("job %s failed", job)
-            words = f"{type(error).__name__}: {error}"
-            self._stop(job, Reason.DISK_FULL if full else Reason.INTERNAL_ERROR, words)
+            if is_full(error) and job in self._work.jobs:
+                self._work.disk_full(job, Path(getattr(error, "filename", None) or self._home), str(error))
+            else:
+                self._stop(job, Reason.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
 
     def _stop(self, job: str, reason: Reason, message: str) -> None:
         if job in self._work.jobs:

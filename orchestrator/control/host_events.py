@@ -69,7 +69,9 @@ def _hear(work: Work, host: Host, event: Event) -> None:
             _ran_out(event)
         case HostMeasured():
             host.measured = event
-        case Validated() | CheckpointSaved():
+        case CheckpointSaved():
+            work.found_room(event.job)
+        case Validated():
             pass
 
 
@@ -125,8 +127,13 @@ def _training_finished(work: Work, host: Host, event: TrainingFinished) -> None:
 
 def _job_stopped(work: Work, event: JobStopped) -> None:
     work.drop_training(event.job, event.attempt)
-    if work.present(event.job, event.attempt):
-        work.switch(event.job, Reason(event.code), f"after step {event.step}: {event.message}")
+    if not work.present(event.job, event.attempt):
+        return
+    words = f"after step {event.step}: {event.message}"
+    if event.code == "disk_full":
+        work.disk_full(event.job, work.ledger.checkpoint_dir(work.order(event.job).series), words)
+    else:
+        work.switch(event.job, Reason(event.code), words)
 
 
 def _evaluation_ended(work: Work, host: Host, event: EvaluationDone | EvaluationFailed) -> None:

@@ -6,6 +6,7 @@ Steps of a job are done in order, one at a time. Nothing here decides who goes f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from orchestrator.contracts import TaskResult
@@ -57,6 +58,8 @@ class Steps:
 
     def _ask(self, job: JobRow, order: Order, remaining: tuple[Step, ...]) -> Waiting | None:
         if job.reason is Reason.REGISTRY_AWAY and self._backoff.away:
+            return None
+        if job.reason is Reason.DISK_FULL and self._work.pauses(job.id):
             return None
         need = order.seat_need(remaining)
         if remaining and remaining[0].id in self._work.flights:
@@ -158,8 +161,13 @@ class Steps:
         elif self._work.present(flight.job, flight.attempt):
             refused = Reason.FUSION_REFUSED if step.kind == "fuse" else Reason.RELEASE_REFUSED
             reason = refused if result.refused else Reason.INTERNAL_ERROR
-            full = "No space left on device" in result.error
-            self._work.switch(flight.job, Reason.DISK_FULL if full else reason, result.error)
+            if result.disk_full:
+                self._work.disk_full(flight.job, self._out_dir(step), result.error)
+            else:
+                self._work.switch(flight.job, reason, result.error)
+
+    def _out_dir(self, step: Step) -> Path:
+        return Path(step.what.out) if isinstance(step.what, ReleaseWhat) else self._ledger.fusion_dir(step.id)
 
     def _task_result(self, step: Step, value: Mapping[str, Any]) -> dict[str, Any]:
         if step.kind == "fuse":

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.contracts import Cluster
+from orchestrator.control.curve_export import Backoff
 from orchestrator.control.fleet import Fleet, Host
 from orchestrator.control.ledger import Ledger
 from orchestrator.control.submission import Order, read_order
+from orchestrator.disk import room
 from orchestrator.job import Reason, Status
 from orchestrator.plan.steps import Step
 from orchestrator.store.rows import JobRow
@@ -50,6 +52,7 @@ class Work:
         self.host_failures: dict[str, int] = {}
         """Base -> hosts of it lost in a row without a step or a score in between."""
         self._orders: dict[str, Order] = {}
+        self._pauses: dict[str, Backoff] = {}
 
     def refresh(self, run: str | None) -> None:
         """Look at the store again: others submit jobs while the controller runs."""
@@ -89,6 +92,18 @@ class Work:
         if row.status.finished or row.status is Status.WAITING:
             self.leave(row)
         return row
+
+    def disk_full(self, job: str, folder: Path, message: str) -> None:
+        """Queue a job again that found no room in `folder`, for after a pause: each twice as long."""
+        self._pauses.setdefault(job, Backoff(self.clock)).failed()
+        self.switch(job, Reason.DISK_FULL, f"{message}; {room(folder)}")
+
+    def pauses(self, job: str) -> bool:
+        """Whether a job that found its disk full is not to be tried again yet."""
+        return job in self._pauses and self._pauses[job].away
+
+    def found_room(self, job: str) -> None:
+        self._pauses.pop(job, None)
 
     def leave(self, job: JobRow) -> None:
         """Take a job off its host. A slot in which it trains is free when the host says so."""

@@ -24,6 +24,7 @@ from urllib.request import urlopen
 
 import psutil
 
+from orchestrator.disk import scarce
 from workers.types import BadInput
 
 STATE = "server.json"
@@ -193,7 +194,8 @@ def _wait_healthy(url: str, watcher: subprocess.Popen[bytes], log: Path, seconds
     deadline = time.monotonic() + seconds
     while not healthy(url):
         if watcher.poll() is not None:
-            raise ServerFailed(f"the MLflow server ended while starting; see {log}: {_last_line(log)}")
+            words = f"the MLflow server ended while starting; see {log}: {_last_line(log)}"
+            raise ServerFailed(words + scarce(log.parent))
         if time.monotonic() > deadline:
             watcher.terminate()
             watcher.wait()

@@ -12,10 +12,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, delete, insert, select, update
+from sqlalchemy import Connection, RowMapping, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from orchestrator.job import FINISHED, Reason, Status, next_status, run_status
+from orchestrator.job import (
+    FINISHED,
+    Reason,
+    Status,
+    ends_attempt,
+    next_status,
+    run_status,
+    within_budget,
+)
 from orchestrator.store import tables
 from orchestrator.store.curves import CurveStore
 from orchestrator.store.rows import (
@@ -148,13 +156,16 @@ class Store:
         """Give a job the status its reason leads to, and write the event, in one transaction.
 
         PLACED begins a new attempt on `host`. A switch that changes nothing writes nothing. Raises NoSuchJob,
-        IllegalSwitch, and StaleAttempt when `attempt` is given and is not the job's present one.
+        IllegalSwitch, and StaleAttempt when `attempt` is given and is not the job's present one. A reason
+        that has ended as many attempts as `REASONS` allows becomes OUT_OF_RETRIES.
         """
         now = self._clock()
         with self._writer.begin() as db:
             row = _job_row(_find(db, job))
             if attempt is not None and attempt != row.attempt:
                 raise StaleAttempt(f"{job}: attempt {attempt} is over, {row.attempt} is the present one")
+            if ends_attempt(row.status, reason):
+                reason, message = within_budget(reason, message, _times_ended(db, job, reason))
             status = next_status(row.status, reason)
             if (status, reason, message) != (row.status, row.reason, row.message):
                 values = {"message": message, **_consequences(row, status, reason, host, now)}
@@ -267,6 +278,13 @@ def _consequences(
     if status is Status.WAITING:
         changes |= {"host": None}
     return changes
+
+
+def _times_ended(db: Connection, job: str, reason: Reason) -> int:
+    """How many attempts of a job `reason` has ended: its events tell."""
+    events = tables.events.c
+    ended = (events.job == job) & (events.reason == reason.value) & (events.before != Status.WAITING.value)
+    return db.execute(select(func.count()).select_from(tables.events).where(ended)).scalar_one()
 
 
 def _find(db: Connection, job: str) -> RowMapping:

@@ -6,6 +6,9 @@ Times are seconds since the epoch, UTC.
 
 from __future__ import annotations
 
+import sqlite3
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,13 @@ from sqlalchemy import (
 WRITES = "chorus_writes"
 """Execution option of the connections that write: SQLite then takes its lock at the beginning."""
 
-SQLITE_PRAGMAS = ("busy_timeout = 30000", "journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON")
+LOCK_SECONDS = 30
+SQLITE_PRAGMAS = (
+    f"busy_timeout = {LOCK_SECONDS * 1000}",
+    "journal_mode = WAL",
+    "synchronous = FULL",
+    "foreign_keys = ON",
+)
 
 metadata = MetaData()
 
@@ -98,32 +107,31 @@ events = Table(
     Column("message", Text, nullable=False),
 )
 
-metrics = Table(
+
+def _curve(name: str, *more: Column[Any]) -> Table:
+    """One row a step of a series, with the loss there."""
+    return Table(
+        name,
+        metadata,
+        Column("series", String(80), primary_key=True),
+        Column("step", Integer, primary_key=True, autoincrement=False),
+        Column("attempt", Integer, nullable=False),
+        Column("at", Float, nullable=False),
+        Column("loss", Float),
+        *more,
+        Column("exported", Boolean, nullable=False),
+    )
+
+
+metrics = _curve(
     "metrics",
-    metadata,
-    Column("series", String(80), primary_key=True),
-    Column("step", Integer, primary_key=True, autoincrement=False),
-    Column("attempt", Integer, nullable=False),
-    Column("at", Float, nullable=False),
-    Column("loss", Float),
     Column("grad_norm", Float),
     Column("learning_rate", Float),
     Column("tokens", Integer, nullable=False),
     Column("seconds", Float, nullable=False),
     Column("skipped", Boolean, nullable=False),
-    Column("exported", Boolean, nullable=False),
 )
-
-validations = Table(
-    "validations",
-    metadata,
-    Column("series", String(80), primary_key=True),
-    Column("step", Integer, primary_key=True, autoincrement=False),
-    Column("attempt", Integer, nullable=False),
-    Column("at", Float, nullable=False),
-    Column("loss", Float),
-    Column("exported", Boolean, nullable=False),
-)
+validations = _curve("validations")
 
 requests = Table(
     "requests",
@@ -153,7 +161,20 @@ def open_engine(url: str) -> Engine:
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # the driver must not begin transactions of its own: see below
     for pragma in SQLITE_PRAGMAS:
-        connection.execute(f"PRAGMA {pragma}")
+        _patiently(lambda pragma=pragma: connection.execute(f"PRAGMA {pragma}"))
+
+
+def _patiently(act: Callable[[], object]) -> None:
+    """SQLite refuses a change to WAL beside another's at once, whatever `busy_timeout` says."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            act()
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
 
 
 def _begin_sqlite(connection: Connection) -> None:

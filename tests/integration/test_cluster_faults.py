@@ -11,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import psutil
+import ray
 
 from orchestrator.cluster import ray_watch
+from orchestrator.cluster.ray_cluster import start_gang
 from tests.integration.conftest import poll_until
 from workers.types import Attach, HostFailed, HostReady, StepDone
 
@@ -111,3 +113,31 @@ def test_ray_watch_driver_gone_kills_writers_below_its_folder_and_spares_readers
     for process in (writer, stranger, reader):
         process.kill()
         process.communicate()
+
+
+def threads_of_rank(rank):
+    """How many threads torch computes with in a rank, and how they wait."""
+
+    def asked(_):
+        import torch
+
+        return torch.get_num_threads(), os.environ["OMP_WAIT_POLICY"]
+
+    return ray.get(rank.__ray_call__.remote(asked), timeout=60)
+
+
+def test_cluster_ranks_share_the_cores_in_threads_that_sleep_when_idle(ray_cluster, base, monkeypatch):
+    gangs = []
+
+    def start(*arguments):
+        gangs.append(start_gang(*arguments))
+        return gangs[-1]
+
+    monkeypatch.setattr("orchestrator.cluster.ray_cluster.start_gang", start)
+    for name in ("alone", "beside"):
+        ray_cluster.start_host(name, base, 1)
+        poll_until(ray_cluster, name, lambda event: isinstance(event, HostReady))
+    found = [threads_of_rank(gang.ranks[0]) for gang in gangs]
+    for name in ("alone", "beside"):
+        ray_cluster.stop_host(name)
+    assert found == [(2, "PASSIVE"), (1, "PASSIVE")]

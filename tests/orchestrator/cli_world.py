@@ -35,12 +35,23 @@ class CliWorld:
     # ---- the parts ----
 
     def parts(self) -> Parts:
-        return Parts(store=self.open_store, registry=self.open_registry, cluster=self.open_cluster)
+        return Parts(
+            store=self.open_store,
+            server=self.open_server,
+            registry=self.open_registry,
+            cluster=self.open_cluster,
+        )
 
     @contextmanager
     def open_store(self, home: Home):
         with closing(Store.open(home.database)) as store:
             yield store
+
+    @contextmanager
+    def open_server(self, home: Home):
+        if self.refuse_registry:
+            raise self.refuse_registry
+        yield
 
     @contextmanager
     def open_registry(self, home: Home):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
-from orchestrator.contracts import NoSuchVersion, RegistryUnreachable
+from orchestrator.contracts import NoSuchVersion, RegistryUnreachable, TaskResult
 from tests.orchestrator.cli_world import CliWorld, assert_one_sentence
 from tests.orchestrator.recipe_files import write_base
 
@@ -200,3 +202,14 @@ def test_fuse_of_adapters_of_two_bases_is_refused(world, tmp_path):
     world.chorus("run", world.one_job(base_model="bases/other"))
     result = world.chorus("fuse", f"{FINANCE}/1", "other.finance-sentiment/1", "--out", tmp_path / "out")
     assert_one_sentence(result, 2, "another base")
+
+
+@pytest.mark.parametrize("command", [("fuse", f"{FUSED}@1"), ("release", f"{FUSED}@champion")])
+def test_folder_on_a_full_disk_is_told_by_its_place_and_room_and_not_begun(done, tmp_path, command):
+    done.faults.task_result = TaskResult.of(OSError(errno.ENOSPC, "No space left on device"))
+    try:
+        result = done.chorus(*command, "--out", tmp_path / "out")
+    finally:
+        done.faults.task_result = None
+    assert_one_sentence(result, 1, "disk takes no more", f"{tmp_path / 'out'}", "MB free")
+    assert not (tmp_path / "out").exists()

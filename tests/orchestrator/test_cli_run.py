@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
+from threading import Barrier
 
 import pytest
 
+from orchestrator.contracts import ClusterUnreachable
 from orchestrator.job import Status
 from orchestrator.registry.server import ServerFailed
 from tests.faults import files_limited_to
@@ -245,3 +248,34 @@ def test_validate_tells_rows_and_registered_name_and_what_was_read_otherwise(wor
 
 def test_schema_is_json_that_names_the_keys(world):
     assert "lora_r" in json.loads(world.chorus("recipe", "schema").stdout)["$defs"]["Recipe"]["properties"]
+
+
+# ---- starting -------------------------------------------------------------------------------------------
+
+
+def test_run_starts_the_server_and_the_cluster_side_by_side(world, monkeypatch):
+    """Each waits for the other to have begun: one after the other would never meet."""
+    both = Barrier(2, timeout=10)
+
+    @contextmanager
+    def meet(home):
+        both.wait()
+        yield
+
+    def cluster():
+        both.wait()
+        return FakeCluster()
+
+    monkeypatch.setattr(world, "open_server", meet)
+    world.make_cluster = cluster
+    assert world.chorus("run", world.one_job()).exit_code == 0
+
+
+def test_run_whose_cluster_and_server_both_fail_says_one_sentence(world):
+    def refuse():
+        raise ClusterUnreachable("Ray does not answer: no room")
+
+    world.make_cluster = refuse
+    world.refuse_registry = ServerFailed("the MLflow server ended while starting")
+    assert_one_sentence(world.chorus("run", world.one_job()), 4, "Ray does not answer")
+    assert world.statuses() == {"finance": "WAITING"}

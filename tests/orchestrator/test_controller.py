@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from orchestrator.contracts import RegistryUnreachable, TaskResult
 from orchestrator.control.controller import Controller
 from orchestrator.control.submission import new_run
-from orchestrator.job import Reason, Status
+from orchestrator.job import REASONS, Reason, Status
 from orchestrator.plan.plan import make_plan
 from orchestrator.recipe.pipeline import load_pipeline
 from orchestrator.store.rows import JobRow
@@ -168,7 +169,7 @@ def test_second_version_worse_than_the_champion_is_kept_back_by_its_margin(world
     assert world.registry.version(FINANCE, "champion").version == 1
 
 
-@pytest.mark.parametrize("code", ["diverged", "bad_data", "out_of_memory", "disk_full", "internal_error"])
+@pytest.mark.parametrize("code", ["diverged", "bad_data", "out_of_memory", "internal_error"])
 def test_job_stopped_by_its_host_fails_with_that_reason_and_leaves_its_neighbour_alone(world, code):
     world.faults.stops["finance", 3] = code
     world.submit(finance(), support())
@@ -179,6 +180,51 @@ def test_job_stopped_by_its_host_fails_with_that_reason_and_leaves_its_neighbour
         "finance": "FAILED",
         "support": "FINISHED",
     }
+
+
+def test_job_that_finds_its_disk_full_waits_and_goes_on_from_its_checkpoint(world):
+    world.faults.stops["finance", 4] = "disk_full"
+    world.submit(finance(max_steps=9), support())
+    said = set()
+
+    def look() -> None:
+        said.add(world.job("finance").message)
+        if world.now > 1040:
+            world.faults.stops.clear()
+
+    world.run(on_tick=look)
+    assert set(world.statuses().values()) == {Status.SUCCEEDED}, world.words()
+    words = [message for message in said if message.startswith("after step 3")]
+    assert words
+    assert all(f"{world.folder}/home/checkpoints/" in each for each in words)
+    assert all(each.endswith(" MB free") for each in words)
+    job = world.job("finance")
+    assert [row.step for row in world.store.metrics(job.id)] == list(range(1, 10))
+    assert all(command.job.attempt <= job.attempt for command in world.cluster.asked("Attach"))
+    times = [event.at for event in world.store.events(job.id) if event.reason is Reason.DISK_FULL]
+    pauses = [later - earlier for earlier, later in pairwise(times)]
+    assert 3 <= len(times) <= 6
+    assert pauses == sorted(pauses), "ever more rarely"
+    assert pauses[-1] >= 2 * pauses[0]
+
+
+def test_job_that_used_its_retries_fails_in_words_also_across_a_restart(world, monkeypatch):
+    monkeypatch.setitem(REASONS, Reason.DISK_FULL, replace(REASONS[Reason.DISK_FULL], retries=2))
+    world.faults.stops["finance", 3] = "disk_full"
+    world.submit(finance(), support())
+
+    def interrupt() -> None:
+        if world.job("finance").reason is Reason.DISK_FULL:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        world.run(on_tick=interrupt)
+    world.run()
+    job = world.job("finance")
+    assert (job.status, job.reason, job.attempt) == (Status.FAILED, Reason.OUT_OF_RETRIES, 3)
+    assert job.message.startswith("2 times: the disk is full; ")
+    assert "after step 2" in job.message
+    assert world.job("support").status is Status.SUCCEEDED
 
 
 def test_lost_host_lets_its_jobs_go_on_from_their_checkpoints(world):
@@ -332,11 +378,22 @@ def test_fusion_that_is_refused_fails_with_the_words_of_the_task(world):
     assert (job.reason, job.message) == (Reason.FUSION_REFUSED, "the adapters have no module in common")
 
 
-def test_task_on_a_full_disk_fails_as_disk_full(world):
-    world.faults.task_result = TaskResult(error="OSError: [Errno 28] No space left on device")
+def test_task_on_a_full_disk_waits_and_is_done_again(world):
+    world.faults.task_result = TaskResult.of(OSError(errno.ENOSPC, "No space left on device"))
     world.submit(finance(), support(), **fused())
-    world.run()
-    assert world.job("fused").reason is Reason.DISK_FULL
+    seen: set[tuple[Reason, str]] = set()
+
+    def look() -> None:
+        seen.add((world.job("fused").reason, world.job("fused").message))
+        if world.now > 1040:
+            world.faults.task_result = None
+
+    world.run(on_tick=look)
+    assert world.job("fused").status is Status.SUCCEEDED, world.words()
+    words = [message for reason, message in seen if reason is Reason.DISK_FULL]
+    assert words
+    assert all("No space left" in each for each in words)
+    assert all(f"{world.folder}/home/fusions/" in each for each in words)
 
 
 class AwayRegistry:
@@ -377,12 +434,21 @@ def test_registry_away_lets_training_go_on_and_nothing_is_lost(world):
     assert losses == {"finance": 5, "support": 5, "fused": 0}
 
 
-def test_full_disk_while_registering_fails_the_job_as_disk_full(world):
+def test_full_disk_while_registering_waits_and_registers_once(world):
     world.registry = AwayRegistry(world.registry)
     world.registry.broken = OSError(errno.ENOSPC, "No space left on device")
     world.submit(finance())
-    world.run()
-    assert world.job("finance").reason is Reason.DISK_FULL
+    seen: set[Reason] = set()
+
+    def look() -> None:
+        seen.add(world.job("finance").reason)
+        if world.now > 1040:
+            world.registry.broken = None
+
+    world.run(on_tick=look)
+    assert Reason.DISK_FULL in seen
+    assert world.job("finance").status is Status.SUCCEEDED, world.words()
+    assert len(world.registry.versions()) == 1
 
 
 def test_error_of_ours_in_one_job_leaves_the_others_alone(world):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from concurrent.futures import ThreadPoolExecutor
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 
 import pytest
@@ -82,6 +83,19 @@ def test_submit_from_many_processes_at_once_makes_one_run(path):
 
     with ThreadPoolExecutor(8) as pool:
         assert len(set(pool.map(submit, range(16)))) == 1
+
+
+def test_store_opened_while_another_process_makes_it_waits_for_it(tmp_path):
+    """SQLite refuses a change to WAL beside another's write at once, whatever its busy timeout."""
+    other = sqlite3.connect(tmp_path / "new.db", isolation_level=None)
+    other.execute("CREATE TABLE made (x)")
+    other.execute("BEGIN IMMEDIATE")
+    with ThreadPoolExecutor(1) as pool:
+        opened = pool.submit(Store.open, tmp_path / "new.db")
+        assert wait([opened], timeout=0.5).not_done
+        other.execute("COMMIT")
+        other.close()
+        opened.result().close()
 
 
 def test_store_opened_again_still_has_everything(store, path, job):
