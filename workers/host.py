@@ -210,6 +210,11 @@ class Host:
                 return []
 
     def _attach(self, spec: JobSpec) -> list[Event]:
+        held = self.residents.get(spec.job)
+        if held is not None and held.spec.attempt == spec.attempt:
+            return []  # said twice
+        if held is not None:
+            self._leave(held)
         if len(self.residents) >= self.base.spec.slots:
             return [JobStopped(spec.job, spec.attempt, 0, "internal_error", "the host has no free slot")]
         found = checkpoint.newest(Path(spec.checkpoint_dir)) if self.ranks.rank == 0 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
@@ -16,6 +17,7 @@ from workers.base import Base
 from workers.capacity import chunk_tokens
 from workers.compose import Chunk, cut_step
 from workers.data import encode_all
+from workers.manifest import CorruptFolder
 from workers.optim import JobOptimizer
 from workers.order import batch_samples, num_steps, steps_per_epoch
 from workers.ranks import Ranks
@@ -23,6 +25,7 @@ from workers.rows import Row
 from workers.step import Share, target_count
 from workers.types import Attached, BadInput, JobSpec, StepDone, Validated
 
+log = logging.getLogger(__name__)
 TOLD_AGAIN = 1000
 """Reports a checkpoint carries. Several checkpoints may be written while the listener is busy elsewhere, so
 those since the last one are not enough; it may miss this many before it is killed."""
@@ -144,6 +147,17 @@ def settle(base: Base, spec: JobSpec, slot: int, resume_from: Path | None) -> Re
 
     Raises BadInput for data or hyper-parameters that cannot be used, CorruptFolder for a torn checkpoint.
     """
+    try:
+        return _settle(base, spec, slot, resume_from)
+    except (BadInput, CorruptFolder, OSError):
+        raise
+    except Exception as error:  # whatever one job brings along, the others stay resident
+        log.exception("%s cannot be made resident", spec.job)
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BadInput(f"the job cannot start ({words}); correct its recipe or its data") from error
+
+
+def _settle(base: Base, spec: JobSpec, slot: int, resume_from: Path | None) -> Resident:
     training = spec.training
     if training.sequence_len > base.longest:
         raise BadInput(

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.models import make_base, write_rows
 from tests.numerics.pair import two_ranks
 from workers.adapter import Adapter, read_adapter
@@ -131,3 +133,10 @@ def distance(found: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
     pairs = [(f, e) for name in found for f, e in zip(found[name], expected[name], strict=True)]
     gap = sum(float((f.double() - e.double()).square().sum()) for f, e in pairs)
     return (gap / sum(float(e.double().square().sum()) for _, e in pairs)) ** 0.5
+
+
+def assert_same_bits(found: Mapping[str, Any], expected: Mapping[str, Any], job: str = "") -> None:
+    assert found.keys() == expected.keys(), job
+    for name, (a, b) in expected.items():
+        assert torch.equal(found[name][0], a), (job, name)
+        assert torch.equal(found[name][1], b), (job, name)

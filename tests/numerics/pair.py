@@ -1,4 +1,8 @@
-"""Two real ranks, started once and kept for every test that needs them: importing torch twice is slow."""
+"""Real ranks in processes of their own, started once and kept for every test: importing torch is slow.
+
+One rank has a process of its own too when it uses DeepSpeed, which leaves its mark on whatever loads a model
+in the same process.
+"""
 
 from __future__ import annotations
 
@@ -13,26 +17,26 @@ import torch.multiprocessing as mp
 
 from workers.ranks import Ranks, connect
 
-_pair: Pair | None = None
+_groups: dict[int, Group] = {}
 
 
-class Pair:
-    """Two processes in one gloo group; each runs the same function on the same arguments."""
+class Group:
+    """A host's processes; each runs the same function on the same arguments."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
         context = mp.get_context("spawn")
         port = free_port()
-        self._inboxes = [context.Queue() for _ in range(2)]
+        self._inboxes = [context.Queue() for _ in range(size)]
         self._outbox = context.Queue()
         self._processes = [
-            context.Process(target=_serve, args=(rank, port, inbox, self._outbox), daemon=True)
+            context.Process(target=_serve, args=(rank, size, port, inbox, self._outbox), daemon=True)
             for rank, inbox in enumerate(self._inboxes)
         ]
         for process in self._processes:
             process.start()
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """`function(ranks, *arguments)` on both ranks; rank 0's result. Raises what a rank raised."""
+        """`function(ranks, *arguments)` on every rank; rank 0's result. Raises what a rank raised."""
         for inbox in self._inboxes:
             inbox.put((function, arguments))
         results = dict(self._outbox.get(timeout=240) for _ in self._inboxes)
@@ -50,16 +54,24 @@ class Pair:
 
 
 def two_ranks(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run on the session's pair, starting it if there is none. A pair that failed is not used again."""
-    global _pair
-    if _pair is None:
-        _pair = Pair()
-        atexit.register(_pair.close)
+    """Run on the session's pair of ranks, starting it if there is none."""
+    return _call(2, function, arguments)
+
+
+def one_rank(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run on the session's lone rank, which is in no process group unless DeepSpeed makes one."""
+    return _call(1, function, arguments)
+
+
+def _call(size: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """A group that failed is not used again."""
+    if size not in _groups:
+        _groups[size] = Group(size)
+        atexit.register(_groups[size].close)
     try:
-        return _pair.call(function, *arguments)
+        return _groups[size].call(function, *arguments)
     except BaseException:
-        broken, _pair = _pair, None
-        broken.close()
+        _groups.pop(size).close()
         raise
 
 
@@ -69,10 +81,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _serve(rank: int, port: int, inbox: Any, outbox: Any) -> None:
+def _serve(rank: int, size: int, port: int, inbox: Any, outbox: Any) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
-    ranks: Ranks = connect(rank, 2, "127.0.0.1", port)
+    ranks = connect(rank, size, "127.0.0.1", port) if size > 1 else Ranks()
     while (request := inbox.get()) is not None:
         function, arguments = request
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.optimization import get_scheduler
 
+from tests.numerics.masks import Masks, key_dropout, keys_of
 from workers.adapter import PREFIX, Adapter
 from workers.compose import padded_length
 from workers.data import encode_all
@@ -29,8 +31,20 @@ class Trained:
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
-def train_alone(base: BaseSpec, job: JobSpec, first: Adapter, steps: int | None = None) -> Trained:
-    """Train `job` by itself, starting from `first`. All rows of a step in one padded batch."""
+def train_alone(
+    base: BaseSpec,
+    job: JobSpec,
+    first: Adapter,
+    steps: int | None = None,
+    hooked: bool = False,
+    masks: Masks | None = None,
+) -> Trained:
+    """Train `job` by itself, starting from `first`. All rows of a step in one padded batch.
+
+    Dropout, if the job has it, takes its masks from `masks`.
+
+    With `hooked`, what several modules send back to a shared input is summed as under DeepSpeed's hooks.
+    """
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype=DTYPES[base.dtype])
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     spec, training = job.adapter, job.training
@@ -45,17 +59,29 @@ def train_alone(base: BaseSpec, job: JobSpec, first: Adapter, steps: int | None 
     )
     model = get_peft_model(model, config, autocast_adapter_dtype=base.dtype != "float64")
     _set_factors(model, first)
+    if hooked:
+        _sum_by_module(model)
+    dropouts = key_dropout(model, masks, PREFIX) if masks else []
     model.train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     rows = encode_all(tokenizer, job.train, training.sequence_len)
     total = num_steps(training, len(rows))
-    adamw = torch.optim.AdamW(trainable, lr=training.learning_rate, weight_decay=training.weight_decay)
+    adamw = torch.optim.AdamW(
+        trainable,
+        lr=training.learning_rate,
+        betas=(training.adam_beta1, training.adam_beta2),
+        eps=training.adam_epsilon,
+        weight_decay=training.weight_decay,
+    )
     name = "constant_with_warmup" if training.lr_scheduler == "constant" else training.lr_scheduler
     schedule = get_scheduler(name, adamw, math.ceil(training.warmup_ratio * total), total)
     losses = []
     for step in range(steps or total):
         samples = batch_samples(training.seed, step, len(rows), training.global_batch_size)
-        losses.append(_step(model, [rows[sample] for sample in samples]))
+        batch = [rows[sample] for sample in samples]
+        for dropout in dropouts:
+            dropout.keys = keys_of(batch, training.seed, step)
+        losses.append(_step(model, batch))
         if training.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(trainable, training.max_grad_norm)
         adamw.step()
@@ -70,10 +96,24 @@ def _step(model: torch.nn.Module, rows: list) -> float:
     input_ids = torch.tensor([[*row.input_ids, *[0] * (length - len(row.input_ids))] for row in rows])
     labels = torch.tensor([[*row.labels, *[-100] * (length - len(row.labels))] for row in rows])
     logits = model(input_ids=input_ids).logits[:, :-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # as transformers' own loss does
     losses = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
     targets = int((labels[:, 1:] != -100).sum())
     (losses.sum() / targets).backward()
     return float(losses.detach().double().sum()) / targets
+
+
+def _sum_by_module(model: torch.nn.Module) -> None:
+    """Pass every module's inputs through a node of their own, as DeepSpeed's backward hooks do.
+
+    A module's parts of an input's gradient are then added up before they meet those of its siblings.
+    """
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda _, inputs: tuple(map(_own_node, inputs)))
+
+
+def _own_node(value: Any) -> Any:
+    return value.view_as(value) if isinstance(value, torch.Tensor) and value.requires_grad else value
 
 
 def _set_factors(model: torch.nn.Module, first: Adapter) -> None:

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.numerics.jobs import adapters, attach, run, test_base, three_jobs
@@ -101,3 +102,18 @@ def assert_same(found, expected):
         for name, pair in adapter.factors.items():
             assert torch.equal(found[job].factors[name][0], pair[0]), (job, name)
             assert torch.equal(found[job].factors[name][1], pair[1]), (job, name)
+
+
+def test_a_job_attached_twice_stays_and_a_later_attempt_takes_the_place_of_its_former_one(tmp_path):
+    host = Host.load(test_base(tmp_path), Ranks())
+    job = three_jobs(tmp_path, steps=3)[0]
+    assert host.apply(Attach(job))
+    slot = host.residents[job.job].slot
+    assert host.apply(Attach(job)) == []
+    host.tick()
+    assert host.residents[job.job].step == 1
+    assert host.apply(Attach(replace(job, attempt=2)))
+    assert host.residents[job.job].spec.attempt == 2
+    assert len(host.residents) == 1
+    with pytest.raises(KeyError):
+        host.base.slots[slot]
