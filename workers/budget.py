@@ -16,6 +16,8 @@ RUNGS = tuple(512 << doubling for doubling in range(9))
 WARM_TICKS = 2
 """First ticks of a rung that are not counted: new shapes allocate memory and choose kernels."""
 COUNTED_TICKS = 5
+LONGEST_SECONDS = 10.0
+"""No rung is tried whose ticks would take longer: commands wait for the end of a tick."""
 LEVEL = 1.05
 """A rung that is not so many times faster than the best before it is level; two in a row end the search."""
 
@@ -59,7 +61,8 @@ class Knee:
 
     def _measured(self, found: tuple[int, float]) -> Knee:
         measured = (*self.measured, found)
-        if _level(measured) or self.rung + 1 == len(RUNGS):
+        too_long = 2 * self.budget / found[1] > LONGEST_SECONDS
+        if too_long or _level(measured) or self.rung + 1 == len(RUNGS):
             best = max(speed for _, speed in measured)
             knee = next(budget for budget, speed in measured if speed >= KNEE * best)
             return replace(self, measured=measured, settled=knee)

@@ -32,11 +32,17 @@ def test_knee_of_a_host_with_a_fixed_cost_a_tick_is_where_it_has_nine_tenths_of_
     assert all(speed < KNEE * best for budget, speed in knee.measured if budget < expected)
 
 
+def test_knee_of_a_slow_host_tries_no_tick_that_commands_would_wait_for_too_long():
+    knee = search(lambda tokens: (tokens + 1024) / 350)  # 1024 tokens take 5.9 s, twice as many at most 11.7
+    assert [budget for budget, _ in knee.measured] == [512, 1024]
+    assert knee.settled == 1024
+
+
 def test_knee_first_slow_ticks_of_a_rung_do_not_count():
     seen: set[int] = set()
 
     def seconds(tokens: int) -> float:
-        slow = 50.0 if tokens not in seen else 0.0
+        slow = 9.0 if tokens not in seen else 0.0
         seen.add(tokens)
         return (tokens + 256) / 1e5 + slow
 
