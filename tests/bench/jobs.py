@@ -54,7 +54,7 @@ class Load:
 
 
 def jobs(setting: Setting) -> Outcome:
-    load = Load(2, 3, 1, True) if setting.small else Load(12, 50, 2, False)
+    load = Load(1, 3, 1, True) if setting.small else Load(12, 50, 2, False)
     seconds, trained, parts = _measured(setting, load)
     speedup = ratio(seconds, PROCESSES, CHORUS)
     laps = [[part, f"{spread([lap[part] for lap in parts]).median:.2f}"] for part in parts[0]]
@@ -71,10 +71,11 @@ def jobs(setting: Setting) -> Outcome:
         [Target("times less wall time than the processes take", speedup.median, 5)],
         Bars({name: spread(values).median for name, values in seconds.items()}, "seconds"),
         [
-            f"Ratio, round by round: {speedup}. A step is {load.ranks} rows of {TOKENS} tokens. Chorus, {how}, is "
-            "timed from reading the pipeline file to the last job's SUCCEEDED: every adapter is scored, registered "
-            "and promoted, and the score of the job that warmed the host up is among what it does. A process trains "
-            "on one thread and scores nothing. Both register in one MLflow server that was running before."
+            f"Ratio, round by round: {speedup}. A step is {load.ranks} rows of {TOKENS} tokens. "
+            f"Chorus, {how}, is timed from reading the pipeline file to the last job's SUCCEEDED: every "
+            "adapter is scored, registered and promoted, and the score of the job that warmed the host up is "
+            "among what it does. A process trains on one thread and scores nothing. Both register in one "
+            "MLflow server that was running before."
         ],
     )
 

@@ -1,4 +1,4 @@
-"""One point of a curve: the four systems on one load, checked against each other first, then timed by turns."""
+"""One point of a curve: the four systems on one load, and whether they do the same training at all."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def build(point: Point, base: BaseSpec, jobs: Sequence[JobSpec], ranks: Ranks) -
 
 def largest_gap(setting: Setting, ranks: int, tokens: int = 32, **point: Any) -> float:
     """Largest relative distance of a job's adapter after CHECK_STEPS steps, together, alone and by PEFT."""
-    load = Point(3, tokens, ranks, **point)
+    load = Point(2, tokens, ranks, **point)
     jobs = make_jobs(setting.folder, load, steps=CHECK_STEPS, rows=3 * load.batch)
     return on_ranks(ranks, _gap, setting.base(load), jobs)
 

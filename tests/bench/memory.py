@@ -74,9 +74,9 @@ def memory(setting: Setting) -> Outcome:
         ],
         Bars(per_resident, "MiB per resident"),
         [
-            f"{trainable:,} weights a job, {point.tokens} tokens a job and tick. Read between ticks, after three of "
-            "them with that many residents: gradients that a host frees between ticks count as not held. "
-            "The resident set keeps what the allocator has not given back."
+            f"{trainable:,} weights a job, {point.tokens} tokens a job and tick. Read between ticks, after "
+            "three of them with that many residents: gradients that a host frees between ticks count as not "
+            "held. The resident set keeps what the allocator has not given back."
         ],
     )
 

@@ -2,8 +2,8 @@
 
     python -m tests.bench.peft_process order.json
 
-Imports what such a script needs and nothing else of ours than the reader of rows. Prints one line of JSON: the
-seconds each part took.
+Imports what such a script needs, and of ours only the reader of rows. Prints one line of JSON: the seconds
+each part took.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A dated record of one case: what was measured, on what, by which command, and which target was missed.
+"""A dated record of one case: what was measured, on what, by which command, which target was missed.
 
-`<date>-<case>.md` and a plot beside it. A second record of one day gets a number, so that none is overwritten.
+`<date>-<case>.md` and a plot beside it. A second record of one day gets a number: none is overwritten.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ class Target:
     @property
     def line(self) -> str:
         sign = ">=" if self.at_least else "<="
-        return f"| {self.what} | {sign} {self.bound:.4g} | {self.found:.4g} | {'yes' if self.met else '**no**'} |"
+        verdict = "yes" if self.met else "**no**"
+        return f"| {self.what} | {sign} {self.bound:.4g} | {self.found:.4g} | {verdict} |"
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Machine:
 
         cores = len(os.sched_getaffinity(0))
         memory = psutil.virtual_memory().total / 2**30
-        return cls(_processor(), cores, memory, os.getloadavg())
+        return cls(_processor() + _gpu(), cores, memory, os.getloadavg())
 
     @property
     def text(self) -> str:
@@ -127,7 +128,7 @@ def _text(outcome: Outcome, machine: Machine, picture: str, command: Sequence[st
     missed = [target.what for target in outcome.targets if not target.met]
     verdict = f"Missed: {'; '.join(missed)}." if missed else "Every target is met."
     if small:
-        verdict = "A trial at a small shape: its figures say nothing of the targets."
+        verdict = "A trial at a small shape: its figures say nothing of the targets, nor does what is met."
     parts = [
         f"# {outcome.title}",
         verdict,
@@ -164,8 +165,22 @@ def _fresh(folder: Path, name: str) -> Path:
     return path
 
 
+def _gpu() -> str:
+    import torch
+
+    return f" and {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+
+
 def versions() -> str:
-    return f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    found = [f"{name} {_version(name)}" for name in PACKAGES]
+    return f"Python {platform.python_version()}, " + ", ".join(found)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"
 
 
 def _processor() -> str:

@@ -1,8 +1,8 @@
 """What is compared: a host's residents, a plain PEFT loop, and the frozen base alone.
 
-(a) N residents and (b) one are both `Residents`; (c) is `PeftLoop`, (d) is `BaseAlone`. On several ranks all of
-them are partitioned by DeepSpeed ZeRO-3 with the same settings. (c) and (d) hold a model of their own, without
-any of the host's wrappers.
+(a) N residents and (b) one are both `Residents`; (c) is `PeftLoop`, (d) is `BaseAlone`. On several ranks all
+of them are partitioned by DeepSpeed ZeRO-3 with the same settings. (c) and (d) hold a model of their own,
+without any of the host's wrappers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
-"""Speed of a tick against one resident at a time, plain PEFT and the base alone: the points and both curves."""
+"""A tick against one resident at a time, plain PEFT and the base alone: the points and both curves."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tests.bench.measure import ALONE, LIMIT, PARITY, PEFT, SYSTEMS, TOGETHER, Setting, largest_gap, measured
 from tests.bench.record import Bars, Lines, Outcome, Table, Target
@@ -15,25 +18,32 @@ HEADER = ("load", *(f"{name}, tokens/s" for name in SYSTEMS), "vs one resident",
 
 def refuse_unequal(setting: Setting, ranks: Sequence[int]) -> str:
     """Nothing is timed before the systems are seen to end with the same adapters. Raises RuntimeError."""
-    gaps = {count: largest_gap(setting, count) for count in ranks}
+    gaps = {count: _gap(setting.small, count) for count in ranks}
     if max(gaps.values()) > PARITY:
         raise RuntimeError(
             f"together, alone and PEFT end with adapters {gaps} apart by ranks: nothing to time"
         )
     said = ", ".join(f"{gap:.1e} on {count} rank{'s' * (count > 1)}" for count, gap in gaps.items())
     return (
-        "Checked before timing: three jobs of five steps trained together, one resident at a time and by the "
+        "Checked before timing: two jobs of five steps trained together, one resident at a time and by the "
         f"PEFT loop end with adapters at most so far apart, in relative norm: {said}."
     )
+
+
+@cache
+def _gap(small: bool, ranks: int) -> float:
+    """Once a process: what is checked does not depend on the case."""
+    with TemporaryDirectory() as folder:
+        return largest_gap(Setting(Path(folder), small), ranks)
 
 
 def points(setting: Setting) -> Outcome:
     """The rows of the table that compare ticks."""
     checked = refuse_unequal(setting, (1, 2))
-    short, long = (32, 64) if setting.small else (32, 512)
+    short, long = (32, 32) if setting.small else (32, 512)
     jobs = 2 if setting.small else 8
     loads = [Point(jobs, tokens, ranks) for ranks in (2, 1) for tokens in (short, long)]
-    found = {point: measured(setting, point) for point in loads}
+    found = {point: measured(setting, point) for point in dict.fromkeys(loads)}
     two_short, two_long, one_short, one_long = loads
     targets = [
         _times(found, two_short, ALONE, 4),
@@ -60,7 +70,7 @@ def points(setting: Setting) -> Outcome:
 
 def tokens_curve(setting: Setting) -> Outcome:
     checked = refuse_unequal(setting, (2,))
-    sizes = (32, 128) if setting.small else (32, 128, 512, 2048, 8192)
+    sizes = (32,) if setting.small else (32, 128, 512, 2048, 8192)
     loads = [Point(2 if setting.small else 8, tokens, 2) for tokens in sizes]
     title = (
         f"Tokens a second against tokens per job, rank and tick: {loads[0].jobs} residents, 2 ranks ZeRO-3"
@@ -70,7 +80,7 @@ def tokens_curve(setting: Setting) -> Outcome:
 
 def residents_curve(setting: Setting) -> Outcome:
     checked = refuse_unequal(setting, (2,))
-    counts = (1, 2) if setting.small else (1, 2, 4, 8, 16, 32)
+    counts = (1,) if setting.small else (1, 2, 4, 8, 16, 32)
     loads = [Point(jobs, 32, 2) for jobs in counts]
     title = "Tokens a second against residents: 32 tokens per job, rank and tick, 2 ranks ZeRO-3"
     return _curve(setting, "residents", title, loads, counts, "residents", checked)
@@ -99,10 +109,11 @@ def _curve(
 
 
 HOW = (
-    "Tokens a second are those of all jobs on all ranks. Systems take turns within a round; a ratio is taken in "
-    "each round and its median quoted with the least and the greatest. Jobs that run one after another are alike, "
-    "so beyond 4,096 tokens some of them stand for all, and beyond 8,192 one pass of the base for all. One thread "
-    "a rank. A quarter of the tokens is learned; PEFT's loop computes the logits of all positions, as it does."
+    "Tokens a second are those of all jobs on all ranks. Systems take turns within a round; a ratio is "
+    "taken in each round and its median quoted with the least and the greatest. Jobs that run one after "
+    "another are alike, so beyond 4,096 tokens some of them stand for all, and beyond 8,192 one pass of the "
+    "base for all. One thread a rank. A quarter of the tokens is learned; PEFT's loop computes the logits of "
+    "all positions, as such loops do."
 )
 
 
