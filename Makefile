@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint fmt
+.PHONY: demo test bench lint fmt
 
 # torch goes first, by name and exact version: every other package then finds it installed.
 .venv/installed: pyproject.toml constraints.txt
@@ -15,6 +15,10 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/pytest -q
+
+# By hand, on a machine that does nothing else; CASES="ticks memory" for some of them.
+bench: .venv/installed
+	$(BIN)/python -m tests.bench $(CASES)
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

@@ -1,0 +1,99 @@
+"""Run benchmarks by hand, each in a process of its own, and write a dated record and a plot of each.
+
+    python -m tests.bench                     all cases
+    python -m tests.bench ticks memory        some of them
+    python -m tests.bench --small --out DIR   everything at a small shape, to try the scripts
+
+Nothing else should run on the machine. The exit code is 0 when the records are written, whatever they say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+CASES = ("ticks", "tokens", "residents", "bytes", "joins", "memory", "jobs")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+"""A rank has one thread, in the benchmarks as on a host."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    asked = _parser().parse_args(arguments)
+    cases = asked.cases or list(CASES)
+    if len(cases) == 1 and asked.here:
+        record(cases[0], asked.small, asked.rounds, asked.out, _command(asked, cases[0]))
+        return 0
+    return max(_in_a_process(case, arguments, asked.cases) for case in cases)
+
+
+def _in_a_process(case: str, arguments: Sequence[str], named: Sequence[str]) -> int:
+    options = [argument for argument in arguments if argument not in named]
+    command = [sys.executable, "-m", "tests.bench", case, *options, "--here"]
+    return subprocess.run(command, env={**os.environ, **ENVIRONMENT}, check=False).returncode
+
+
+def record(case: str, small: bool, rounds: int | None, out: Path, command: Sequence[str]) -> Path:
+    """Measure one case in this process and write its record."""
+    import torch
+
+    from tests.bench.measure import Setting
+    from tests.bench.record import Machine, write
+
+    machine = Machine.read()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        setting = Setting(Path(folder), small, rounds or (2 if small else 5))
+        outcome = _case(case)(setting)
+    path = write(outcome, machine, out, command, small)
+    print(path.read_text())
+    print(f"written: {path}")
+    return path
+
+
+def _case(name: str) -> Callable:
+    # Each imports what it measures: the memory of one case must not hold what another needs.
+    if name in ("ticks", "tokens", "residents"):
+        from tests.bench import ticks
+
+        return {"ticks": ticks.points, "tokens": ticks.tokens_curve, "residents": ticks.residents_curve}[name]
+    if name == "bytes":
+        from tests.bench.gathers import bytes_gathered
+
+        return bytes_gathered
+    if name == "joins":
+        from tests.bench.joins import joins
+
+        return joins
+    if name == "memory":
+        from tests.bench.memory import memory
+
+        return memory
+    from tests.bench.jobs import jobs
+
+    return jobs
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench")
+    parser.add_argument("cases", nargs="*", choices=[*CASES, []], help=f"of {', '.join(CASES)}; all if none")
+    parser.add_argument("--small", action="store_true", help="a tiny base and few tokens: tries the scripts")
+    parser.add_argument("--rounds", type=int, help="5 unless given, 2 if small")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _command(asked: argparse.Namespace, case: str) -> list[str]:
+    options = ["--small"] if asked.small else []
+    options += ["--rounds", str(asked.rounds)] if asked.rounds else []
+    return ["python", "-m", "tests.bench", case, *options]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
