@@ -24,10 +24,10 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_DIS
 
 
 def main(arguments: Sequence[str]) -> int:
-    asked = _parser().parse_args(arguments)
+    asked = parser().parse_args(arguments)
     cases = asked.cases or list(CASES)
     if len(cases) == 1 and asked.here:
-        record(cases[0], asked.small, asked.rounds, asked.out, _command(asked, cases[0]))
+        record(cases[0], asked, _command(asked, cases[0]))
         return 0
     return max(_in_a_process(case, arguments, asked.cases) for case in cases)
 
@@ -38,7 +38,7 @@ def _in_a_process(case: str, arguments: Sequence[str], named: Sequence[str]) -> 
     return subprocess.run(command, env={**os.environ, **ENVIRONMENT}, check=False).returncode
 
 
-def record(case: str, small: bool, rounds: int | None, out: Path, command: Sequence[str]) -> Path:
+def record(case: str, asked: argparse.Namespace, command: Sequence[str]) -> Path:
     """Measure one case in this process and write its record."""
     import torch
 
@@ -48,9 +48,10 @@ def record(case: str, small: bool, rounds: int | None, out: Path, command: Seque
     machine = Machine.read()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        setting = Setting(Path(folder), small, rounds or (2 if small else 5))
+        rounds = asked.rounds or (2 if asked.small else 5)
+        setting = Setting(Path(folder), asked.small, rounds, asked.arithmetic)
         outcome = _case(case)(setting)
-    path = write(outcome, machine, out, command, small)
+    path = write(outcome, machine, asked.out, command, asked.small)
     print(path.read_text())
     print(f"written: {path}")
     return path
@@ -79,12 +80,13 @@ def _case(name: str) -> Callable:
     return jobs
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.bench")
     parser.add_argument("cases", nargs="*", choices=[*CASES, []], help=f"of {', '.join(CASES)}; all if none")
     parser.add_argument("--small", action="store_true", help="a tiny base and few tokens: tries the scripts")
     parser.add_argument("--rounds", type=int, help="5 unless given, 2 if small")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records")
+    parser.add_argument("--arithmetic", choices=["exact", "fused"], default="exact", help="of the host")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     return parser
 
@@ -92,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 def _command(asked: argparse.Namespace, case: str) -> list[str]:
     options = ["--small"] if asked.small else []
     options += ["--rounds", str(asked.rounds)] if asked.rounds else []
+    options += ["--arithmetic", asked.arithmetic] if asked.arithmetic != "exact" else []
     return ["python", "-m", "tests.bench", case, *options]
 
 

@@ -34,6 +34,8 @@ class Setting:
     """For models, data and checkpoints; thrown away afterwards."""
     small: bool = False
     rounds: int = 5
+    arithmetic: str = "exact"
+    """Of the host's adapters."""
 
     @property
     def shape(self) -> str:
@@ -45,7 +47,9 @@ class Setting:
 
     def base(self, point: Point, **overrides: Any) -> BaseSpec:
         path = base_folder(self.folder, self.shape)
-        return base_spec(path, point, deepspeed=PERSISTENT[self.shape], **overrides)
+        return base_spec(
+            path, point, deepspeed=PERSISTENT[self.shape], arithmetic=self.arithmetic, **overrides
+        )
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from tests.bench.__main__ import CASES, ENVIRONMENT, record
+from tests.bench.__main__ import CASES, ENVIRONMENT, parser, record
 from tests.bench.record import Bars, Machine, Outcome, Table, Target, write
 
 PNG = b"\x89PNG"
@@ -36,7 +36,8 @@ def check_record(path, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_bench_case_small_writes_a_record(case, tmp_path):
-    path = record(case, small=True, rounds=1, out=tmp_path, command=["python", "-m", "tests.bench", case])
+    asked = parser().parse_args([case, "--small", "--rounds", "1", "--out", str(tmp_path)])
+    path = record(case, asked, command=["python", "-m", "tests.bench", case])
     assert path.name.endswith(f"-{case}.md")
     check_record(path, case)
 
