@@ -92,7 +92,7 @@ def host_logits(host, rows, adapter=None):
     if adapter is not None:
         host.base.slots.load(0, read_adapter(adapter))
         segments = [Segment(0, 0, ALL_ROWS)]
-    with host.base.slots.rows(segments):
+    with host.base.adapters.rows(segments):
         found = host.base.model(input_ids=rows).logits
     host.base.slots.free(0)
     return found
