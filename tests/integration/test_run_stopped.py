@@ -18,8 +18,7 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("stopped"), 2, "--cpus", "2")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("moment", [STARTING, TRAINING])
+@pytest.mark.parametrize(("moment", "number"), [(STARTING, signal.SIGINT), (TRAINING, signal.SIGTERM)])
 def test_run_on_ray_told_to_stop_says_in_one_line_how_to_go_on(world, moment, number):
     code, said = stopped_at(world, moment, number)
     assert code == 130, said
