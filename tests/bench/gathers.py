@@ -1,4 +1,4 @@
-"""Bytes of the base that each rank gathers for one step of one job, counted by DeepSpeed's own logger."""
+"""Bytes of weights gathered for one step of one job, counted by DeepSpeed's own communication logger."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def bytes_gathered(setting: Setting) -> Outcome:
         "Bytes gathered for one step of one job, 2 ranks ZeRO-3",
         [
             Table(
-                "on each rank, as DeepSpeed's communication logger counts them",
+                "whole tensors, as every rank holds them after a gather",
                 ("residents", "bytes per job and step", "one resident's / N", "share of one resident's x N"),
                 [
                     [n, f"{found:,.0f}", f"{alone / n:,.0f}", f"{found * n / alone:.4f}"]
@@ -47,7 +47,10 @@ def bytes_gathered(setting: Setting) -> Outcome:
         Lines(
             counts, {"host": list(per_step.values()), "PEFT": [peft] * len(counts)}, ("residents", "bytes")
         ),
-        [f"Over {COUNTED_TICKS} ticks once the trace is complete; 32 tokens per job and rank."],
+        [
+            f"Counted over {COUNTED_TICKS} ticks once the trace is complete; 32 tokens per job and rank. "
+            "DeepSpeed's logger counts the shard a rank brings to a gather; it is taken times the ranks."
+        ],
     )
 
 
@@ -73,7 +76,7 @@ def _counted_peft(ranks: Ranks, base: BaseSpec, job: JobSpec) -> float:
 
 
 class Gathered:
-    """Within the block DeepSpeed logs its collectives; afterwards `bytes` are those of its all-gathers."""
+    """Within the block DeepSpeed logs its collectives; afterwards `bytes` are those it gathered, whole."""
 
     bytes = 0
 
@@ -90,7 +93,7 @@ class Gathered:
         from deepspeed.comm.comm import comms_logger
 
         comm.configure(enabled=False)
-        self.bytes = sum(
+        self.bytes = comm.get_world_size() * sum(
             size * entry[0]
             for name, sizes in comms_logger.comms_dict.items()
             if "all_gather" in name
