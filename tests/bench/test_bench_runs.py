@@ -1,4 +1,7 @@
-"""Every benchmark runs at the smallest shape and writes its record. Nothing here looks at a time."""
+"""Every benchmark runs at the smallest shape and writes its record. Nothing here looks at a time.
+
+Benchmarks are run by hand, and so are these: with CHORUS_BENCH=1, in two minutes.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import torch
 from tests.bench.__main__ import CASES, ENVIRONMENT, parser, record
 from tests.bench.record import Bars, Machine, Outcome, Table, Target, write
 
+by_hand = pytest.mark.skipif("CHORUS_BENCH" not in os.environ, reason="CHORUS_BENCH=1 tries the benchmarks")
 PNG = b"\x89PNG"
 
 
@@ -34,6 +38,7 @@ def check_record(path, case):
     assert picture.stat().st_size < 100_000
 
 
+@by_hand
 @pytest.mark.parametrize("case", CASES)
 def test_bench_case_small_writes_a_record(case, tmp_path):
     asked = parser().parse_args([case, "--small", "--rounds", "1", "--out", str(tmp_path)])
@@ -42,6 +47,7 @@ def test_bench_case_small_writes_a_record(case, tmp_path):
     check_record(path, case)
 
 
+@by_hand
 def test_bench_gpu_script_on_the_cpu_writes_four_records(tmp_path):
     # A process of its own: it joins a group of one rank, which the other tests must not meet.
     command = [sys.executable, "-m", "tests.bench.gpu", "--shape", "tiny", "--device", "cpu"]
