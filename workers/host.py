@@ -113,7 +113,8 @@ class Host:
             return False
         for job, chunk in micro_batch.chunks:
             resident = self.residents[job]
-            assert resident.chunks.pop(0) is chunk, "a job's chunks run in their own order"
+            done = resident.chunks.pop(0)
+            assert done is chunk, "a job's chunks run in their own order"
             resident.loss += losses.get(job, 0.0)
         return True
 
