@@ -15,9 +15,11 @@ from orchestrator.contracts import AdapterVersion, NewVersion, NoSuchVersion, Re
 from orchestrator.control.curve_export import CurveExport, params, run_inputs, tags
 from orchestrator.control.ledger import Ledger, flat
 from orchestrator.control.submission import Order
-from orchestrator.gate import Finding, Verdict, check
+from orchestrator.gate import Finding, Verdict
+from orchestrator.judgement import Conditions, Evidence, judge, read_conditions
 from orchestrator.plan.steps import PromoteWhat
 from orchestrator.registry.card import card
+from orchestrator.registry.evaluations import read_scores
 from workers.types import BadInput
 
 CANDIDATE, CHAMPION = "candidate", "champion"
@@ -136,14 +138,16 @@ class Registration:
             return None
 
     def _judge(self, what: PromoteWhat, champion: AdapterVersion | None) -> Verdict:
-        return check(
-            gates=what.gates,
-            champion_margins=what.champion_margin,
-            retention=what.retention,
-            scores=flat(self.ledger.scores(what.scores)),
-            parent_scores=flat(self.ledger.scores(what.parent_scores)),
-            champion_scores=None if champion is None else _champion_scores(champion),
+        of_name = read_conditions(dict(self.registry.conditions(what.name)), f"the gates of {what.name}")
+        asked = Conditions(
+            what.gates, what.champion_margin, what.non_inferiority, what.retention, what.worst_task
         )
+        evidence = Evidence(
+            scores=self.ledger.scores(what.scores),
+            parents=flat(self.ledger.scores(what.parent_scores)),
+            champion=None if champion is None else read_scores(self.registry, champion),
+        )
+        return judge([asked, of_name], evidence)
 
 
 def _portable(scores: Sequence[Scores]) -> tuple[Scores, ...]:
@@ -154,12 +158,6 @@ def _portable(scores: Sequence[Scores]) -> tuple[Scores, ...]:
 def _short(paths: str) -> str:
     """The last two parts of each path."""
     return ", ".join("/".join(Path(path).parts[-2:]) for path in paths.split(", "))
-
-
-def _champion_scores(champion: AdapterVersion) -> dict[str, float]:
-    """A champion's metrics, `<task>/<metric>` in the registry, under the keys of gates."""
-    split = {key: key.split("/") for key in champion.metrics}
-    return {".".join(parts): champion.metrics[key] for key, parts in split.items() if len(parts) == 2}
 
 
 def _finding(finding: Finding) -> dict[str, Any]:

@@ -64,11 +64,13 @@ class RegisterWhat:
     recipe_digest: str
     data_digest: str
     base: BaseDigests
+    controls: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
+    """What a fusion is compared with beside base and parents (`random`, `joint`), by name."""
 
 
 @dataclass(frozen=True)
 class PromoteWhat:
-    """Judge a version with `gate.check`; every key is `<task>.<metric>`."""
+    """Judge a version with `judgement.judge`; every key is `<task>.<metric>`."""
 
     name: str
     promote: bool
@@ -79,6 +81,8 @@ class PromoteWhat:
     """Task -> id of the evaluate step of the version itself."""
     parent_scores: Mapping[str, str]
     """Task -> id of the evaluate step of the parent of that task; empty unless fused."""
+    non_inferiority: Mapping[str, float] = field(default_factory=dict[str, float])
+    worst_task: str | None = None
 
 
 @dataclass(frozen=True)
