@@ -1,7 +1,8 @@
 """A real PostgreSQL for the tests: a server of their own on a free port, in a temporary folder.
 
-Started from Debian's binaries, as user `postgres` where the tests run as root (the server refuses root). Where
-it is not installed its tests are skipped, saying so; CHORUS_REQUIRE_POSTGRES=1 (as in CI) makes that a failure.
+Started from Debian's binaries, as user `postgres` where the tests run as root (the server refuses root).
+Where it is not installed its tests are skipped, saying so; CHORUS_REQUIRE_POSTGRES=1 (as in CI) makes that a
+failure.
 """
 
 from __future__ import annotations
