@@ -330,6 +330,11 @@ class EvaluationReport:
     labels: tuple[str, ...] = ()
     confusion: tuple[tuple[int, ...], ...] = ()
     """Classification: rows are truth, columns are prediction, both in the order of `labels`."""
+    row_scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
+    """What the metrics are made of, one figure a row, in the order of the rows; two adapters pair by it.
+
+    `nll` (nats) and `tokens` of the target; chat: `correct` tokens, and `rouge_l` of the rows replied to;
+    classification: `truth` and `predicted` as places in `labels`; recommendation: its metrics of each row."""
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ class Steps:
             merged=step.what.merged,
             out_dir=step.what.out,
             extra_files=(
-                ("README.md", self._registration.card(order)),
+                ("README.md", self._registration.released_card(order)),
                 ("recipe.yaml", order.registered.recipe_yaml),
             ),
             dtype=base.dtype,

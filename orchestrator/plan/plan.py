@@ -147,6 +147,7 @@ def _promote_trained(loaded: LoadedRecipe, register: Step, after: Step) -> Step:
         retention={},
         scores={recipe.task: after.id},
         parent_scores={},
+        non_inferiority={f"{recipe.task}.{key}": by for key, by in recipe.evaluation.non_inferiority.items()},
     )
     return _promote(what, register)
 
@@ -238,6 +239,8 @@ def _promote_fused(fuse: Fuse, register: Step, sources: list[Source], scores: li
         retention=fuse.evaluation.retention,
         scores={task: step.id for task, step in zip(tasks, scores, strict=True)},
         parent_scores={task: source.evaluate.id for task, source in zip(tasks, sources, strict=True)},
+        non_inferiority=fuse.evaluation.non_inferiority,
+        worst_task=fuse.evaluation.worst_task,
     )
     return _promote(what, register)
 
@@ -252,12 +255,15 @@ def _register(what: RegisterWhat, needs: tuple[str, ...]) -> Step:
 
 def _promote(what: PromoteWhat, register: Step) -> Step:
     needs = (register.id, *what.scores.values(), *what.parent_scores.values())
-    matters = {
+    matters: dict[str, Any] = {
         "gates": dict(what.gates),
         "champion_margin": dict(what.champion_margin),
         "retention": dict(what.retention),
         "promote": what.promote,
     }
+    # Left out where they are not asked for: what was promoted before they existed stays promoted.
+    later = {"non_inferiority": dict(what.non_inferiority), "worst_task": what.worst_task}
+    matters |= {key: value for key, value in later.items() if value}
     return make_step("promote", matters, needs, what)
 
 

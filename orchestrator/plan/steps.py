@@ -86,7 +86,7 @@ class RegisterWhat:
 
 @dataclass(frozen=True)
 class PromoteWhat:
-    """Judge a version with `gate.check`; every key is `<task>.<metric>`."""
+    """Judge a version with `judgement.judge`; every key is `<task>.<metric>`."""
 
     name: str
     promote: bool
@@ -97,6 +97,8 @@ class PromoteWhat:
     """Task -> id of the evaluate step of the version itself."""
     parent_scores: Mapping[str, str]
     """Task -> id of the evaluate step of the parent of that task; empty unless fused."""
+    non_inferiority: Mapping[str, float] = field(default_factory=dict[str, float])
+    worst_task: str | None = None
 
 
 @dataclass(frozen=True)

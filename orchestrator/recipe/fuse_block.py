@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from orchestrator.gate import retention_problem
+from orchestrator.gate import parse_bound, retention_problem
 from orchestrator.recipe.parts import (
     BoundText,
     Count,
@@ -57,12 +57,16 @@ class FusedEvaluation(Gates):
 
     retention: dict[str, BoundText] = Field(default_factory=dict)
     """Share of the parent's score that is kept; parent/fused for a metric where lower is better."""
+    worst_task: BoundText | None = None
+    """Bound on the least retention over all tasks, each by perplexity, macro_f1 or hit_at_1."""
 
     def problem(self, allowed: set[str]) -> tuple[tuple[str, str], str] | None:
         """As `Gates.problem`, with the retention."""
         for key, text in self.retention.items():
             if why := retention_problem(key, text, allowed):
                 return ("retention", key), why
+        if self.worst_task is not None and not parse_bound(self.worst_task).is_floor:
+            return ("worst_task", self.worst_task), f"more is better, so {self.worst_task!r} guards nothing"
         return super().problem(allowed)
 
 
