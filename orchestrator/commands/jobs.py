@@ -212,7 +212,7 @@ def cancel(parts: Parts, home: Home, reference: str, out: Console) -> None:
             stack.enter_context(home.claim())
         except HomeBusy:
             for job in jobs:
-                store.request_cancel(job.id)
+                store.request(job.id, "cancel")
             out.print(f"asked the run at work to cancel {', '.join(job.id for job in jobs)}", soft_wrap=True)
             return
         for job in reversed(jobs):
