@@ -200,6 +200,20 @@ def serve(
 
 
 @app.command()
+def explain(
+    ctx: typer.Context,
+    job: JobName,
+    home: HomeFolder = DEFAULT_HOME,
+    store: StoreUrl = None,
+    output: Output = Format.table,
+) -> None:
+    """Say why a job waits, who goes first, and what would have to be freed."""
+    from orchestrator.commands.explaining import explain as body
+
+    body(ctx.obj, _home(home, store), job, output)
+
+
+@app.command()
 def events(
     ctx: typer.Context,
     job: JobName,

@@ -117,9 +117,11 @@ class Controller:
         for host in work.fleet.hosts:
             hear(work, host)
         self._steps.hear_tasks(self._guard)
-        decided = self._decide(self._advance())
-        self._act(decided)
-        self._board.show(decided[0])
+        waiting = self._advance()
+        snapshot = self._snapshot(waiting)
+        decision = schedule(snapshot)
+        self._act(decision, {job.job: job for job in waiting})
+        self._board.show(snapshot, decision)
         self._curves.tick([work.order(job) for job in work.jobs])
         self._end_runs()
         return bool(work.jobs) or any(host.residents for host in work.fleet.hosts)
@@ -171,9 +173,9 @@ class Controller:
 
     # ---- deciding --------------------------------------------------------------------------------------
 
-    def _decide(self, waiting: list[Waiting]) -> tuple[Decision, Mapping[str, Waiting]]:
+    def _snapshot(self, waiting: list[Waiting]) -> Snapshot:
         work = self._work
-        snapshot = Snapshot(
+        return Snapshot(
             capacity=work.cluster.capacity(),
             hosts=tuple(host.view() for host in work.fleet.hosts),
             waiting=tuple(waiting),
@@ -181,7 +183,6 @@ class Controller:
             bases_to_come=self._bases_to_come(),
             next_host=work.fleet.next_number,
         )
-        return schedule(snapshot), {job.job: job for job in waiting}
 
     def _bases_to_come(self) -> frozenset[str]:
         orders = [self._work.order(job) for job in self._work.jobs]
@@ -193,8 +194,7 @@ class Controller:
 
     # ---- acting ----------------------------------------------------------------------------------------
 
-    def _act(self, decided: tuple[Decision, Mapping[str, Waiting]]) -> None:
-        decision, asked = decided
+    def _act(self, decision: Decision, asked: Mapping[str, Waiting]) -> None:
         for name in decision.close_hosts:
             self._work.drop_flights(self._work.fleet.stop(name))
         for new in decision.start_hosts:

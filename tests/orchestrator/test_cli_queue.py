@@ -9,9 +9,11 @@ from contextlib import contextmanager
 import pytest
 
 from orchestrator.commands import run as run_command
+from orchestrator.commands.explaining import explanation
 from orchestrator.job import Reason
 from tests.orchestrator.cli_world import CliWorld, assert_one_sentence
 from tests.orchestrator.fakes import FakeCluster
+from tests.orchestrator.recipe_files import write_yaml
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 
@@ -236,6 +238,41 @@ def test_teams_hold_shares_of_the_ranks_in_use(world):
         ("default", 2.0, pytest.approx(1 / 3)),
         ("desk", 4.0, pytest.approx(2 / 3)),
     ]
+
+
+def test_explain_names_who_goes_first_and_what_would_have_to_be_freed(world, monkeypatch):
+    """Asked while another trains in the only slot, by what the scheduler itself decided."""
+    monkeypatch.setattr("orchestrator.control.show.SHOW_SECONDS", 0.0)
+    write_yaml(world.folder / "bases" / "tiny.yaml", {"model": "tiny", "world_size": 2, "slots": 1})
+    world.chorus("submit", world.two_jobs(finance_changes={"max_steps": 40}))
+    world.chorus("submit", world.one_job(max_steps=7))
+    found = {}
+
+    class Looking(FakeCluster):
+        def poll(self, host):
+            with world.open_store(world.home) as store:
+                waiting = [job for job in store.unfinished_jobs() if job.reason is Reason.WAITS_FOR_SLOT]
+                if len(waiting) == 2:
+                    found.update({job.name: explanation(store, job)[0] for job in waiting})
+            return super().poll(host)
+
+    world.make_cluster = Looking
+    world.chorus("run", world.one_job(max_steps=7))
+    first, second = found["support"], found["finance"]
+    assert first.sentence == "It waits for a free slot on a host of its base; 0 jobs go first."
+    assert second.sentence == "It waits for a free slot on a host of its base; 1 job goes first."
+    assert second.ahead == (first.job,)
+    assert second.to_free[0].startswith("a slot of host-1: demo-")
+
+
+def test_explain_of_a_job_that_nobody_has_looked_at_and_of_one_that_is_done(world):
+    world.chorus("submit", world.one_job())
+    before = world.chorus("explain", "finance")
+    assert "No controller has looked at it yet" in before.stdout
+    assert "nobody works here now" in before.stdout
+    serve(world)
+    assert "It is SUCCEEDED: done." in world.chorus("explain", "finance").stdout
+    assert world.read("explain", "finance")["status"] == "SUCCEEDED"
 
 
 def test_ps_tells_the_place_in_line(world):
