@@ -57,6 +57,8 @@ class Steps:
         return None
 
     def _ask(self, job: JobRow, order: Order, remaining: tuple[Step, ...]) -> Waiting | None:
+        if job.reason is Reason.PAUSED_BY_USER:
+            return None
         if job.reason is Reason.REGISTRY_AWAY and self._backoff.away:
             return None
         if job.reason is Reason.DISK_FULL and self._work.pauses(job.id):

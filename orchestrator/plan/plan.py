@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 from orchestrator.plan import controls, distillation
 from orchestrator.plan.pieces import PACE, Source, evaluate, fuse_step, make_step, rows_of

@@ -13,9 +13,9 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Table, and_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from orchestrator.store.engine import WRITES, patiently
+from orchestrator.store.engine import patiently
 from orchestrator.store.rows import Curves, MetricRow, ValidationRow
-from orchestrator.store.tables import metrics, validations
+from orchestrator.store.tables import WRITES, metrics, validations
 from workers.types import StepDone, Validated
 
 

@@ -17,10 +17,8 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
+from orchestrator.store.tables import WRITES
 from workers.types import BadInput
-
-WRITES = "chorus_writes"
-"""Execution option of the connections that write: SQLite then takes its lock at the beginning."""
 
 LOCK_SECONDS = 30
 PATIENCE = 10.0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sqlalchemy import Connection, Engine, inspect, text
 
-from orchestrator.store.engine import WRITES
+from orchestrator.store.tables import WRITES
 from workers.types import BadInput
 
 HEAD = "0002"

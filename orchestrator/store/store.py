@@ -26,7 +26,7 @@ from orchestrator.job import (
 )
 from orchestrator.store import tables
 from orchestrator.store.curves import CurveStore, write_points
-from orchestrator.store.engine import PATIENCE, WRITES, open_engine, patiently
+from orchestrator.store.engine import PATIENCE, open_engine, patiently
 from orchestrator.store.reading import (
     HEAVY,
     event_row,
@@ -68,7 +68,7 @@ class Store:
         """Its tables are made, or migrated, if need be. Raises BadInput, StoreUnreachable."""
         engine = open_engine(url)
         self._engine = engine
-        self._writer = engine.execution_options(**{WRITES: True})
+        self._writer = engine.execution_options(**{tables.WRITES: True})
         self._clock = clock
         self.patience = patience
         self.curves = CurveStore(engine, patience)
@@ -85,6 +85,10 @@ class Store:
 
     def close(self) -> None:
         self._engine.dispose()
+
+    def wait_for_it(self, seconds: float) -> None:
+        """Wait so long for a server that is away, from now on."""
+        self.patience = self.curves.patience = seconds
 
     # ---- runs and jobs ----------------------------------------------------------------------------------
 

@@ -23,6 +23,9 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
+WRITES = "chorus_writes"
+"""Execution option of the connections that write: SQLite then takes its lock at the beginning."""
+
 metadata = MetaData()
 
 runs = Table(
