@@ -29,6 +29,7 @@ from workers.step import Share, forward_only, reduce_gradients, target_count
 from workers.together import Problem, on_all, on_first
 from workers.types import (
     Attach,
+    BadInput,
     BaseSpec,
     CheckpointSaved,
     Close,
@@ -315,8 +316,15 @@ class Host:
         if not search.finished:
             weights = self.ranks.broadcast(search.next_weights() if self.ranks.rank == 0 else None)
             fused = fused_by(search.spec.plan, search.spec.groups, weights)
-            search.trials.append(search.judge(weights, {key_of(t): self._metric(t, fused) for t in tasks}))
+            search.trials.append(search.judge(weights, {key_of(t): self._tried(t, fused) for t in tasks}))
         return search
+
+    def _tried(self, task: SearchTask, adapter: Adapter) -> float | None:
+        """None for weights that yield no finite scores: the parents were scored, so the rows are good."""
+        try:
+            return self._metric(task, adapter)
+        except BadInput:
+            return None
 
     def _metric(self, task: SearchTask, adapter: Adapter) -> float:
         slot = next(self._slots)

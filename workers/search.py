@@ -35,7 +35,8 @@ class Trial:
     """One tuple a group of modules, a weight an adapter in it."""
     retention: Mapping[str, float]
     """`<task>.<metric>` -> share of the parent's score."""
-    scores: Mapping[str, float]
+    scores: Mapping[str, float | None]
+    """None where the fused adapter yields no finite number."""
     aim: float = 0.0
     meets_floors: bool = False
     pareto: bool = False
@@ -69,7 +70,7 @@ class Search:
             return ((1.0,) * adapters,) * groups
         return _suggest(self.spec.seed, adapters, groups, self.trials)
 
-    def judge(self, weights: tuple[tuple[float, ...], ...], scores: Mapping[str, float]) -> Trial:
+    def judge(self, weights: tuple[tuple[float, ...], ...], scores: Mapping[str, float | None]) -> Trial:
         """The trial that these scores make.
 
         aim = mean_t min(r_t, 1) - sum_t max(0, floor_t - r_t): a task that has all of its parent's score
@@ -96,13 +97,13 @@ def key_of(task: SearchTask) -> str:
     return f"{task.task}.{task.metric}"
 
 
-def _retained(task: SearchTask, scores: Mapping[str, float], parents: Mapping[str, float]) -> float:
-    """As a gate's retention: score/parent, or parent/score where lower is better; 0 if it is not finite."""
+def _retained(task: SearchTask, scores: Mapping[str, float | None], parents: Mapping[str, float]) -> float:
+    """As a gate's retention: score/parent, or parent/score where lower is better; 0 if there is none."""
     score, parent = scores[key_of(task)], parents[key_of(task)]
-    over, under = (parent, score) if task.lower_is_better else (score, parent)
-    if not (math.isfinite(over) and math.isfinite(under)) or under == 0:
+    if score is None:
         return 0.0
-    return over / under
+    over, under = (parent, score) if task.lower_is_better else (score, parent)
+    return over / under if under else float(over >= 0)
 
 
 def _undominated(trial: Trial, others: Sequence[Trial]) -> bool:
