@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from orchestrator.plan import controls, distillation
-from orchestrator.plan.pieces import PACE, Source, evaluate, fuse_step, make_step, rows_of
+from orchestrator.plan.pieces import PACE, Source, evaluate, fuse_step, make_step, rows_of, search_step
 from orchestrator.plan.steps import (
     Estimate,
     Plan,
@@ -160,7 +160,7 @@ def _fuse_job(
     pipeline: LoadedPipeline, fuse: Fuse, trained: Mapping[str, PlannedJob], digests: Mapping[str, str]
 ) -> PlannedJob:
     sources = [_source(parent, recipe, trained, digests) for parent, recipe in pipeline.parents()]
-    made = distillation.steps(fuse, sources) if fuse.distill else (fuse_step(fuse.rule, fuse.rank, sources),)
+    made = _made(fuse, sources)
     fused = made[-1]
     scores = [evaluate(source.recipe, fused.id, fused.id, (fused.id,)) for source in sources]
     compared = controls.plan(fuse, sources, fused)
@@ -184,6 +184,14 @@ def _fuse_job(
         priority=max(source.recipe.recipe.schedule.priority for source in sources),
         estimate=distillation.estimate(fuse, sources) if fuse.distill else None,
     )
+
+
+def _made(fuse: Fuse, sources: list[Source]) -> tuple[Step, ...]:
+    """The steps that make the fused adapter; the last one has it."""
+    if fuse.distill is not None:
+        return distillation.steps(fuse, sources)
+    plain = fuse_step(fuse.rule, fuse.rank, sources)
+    return (search_step(fuse.search, plain, sources) if fuse.search else plain,)
 
 
 def _source(
