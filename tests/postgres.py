@@ -1,8 +1,8 @@
 """A real PostgreSQL for the tests: a server of their own on a free port, in a temporary folder.
 
-Started from Debian's binaries, as user `postgres` where the tests run as root (the server refuses root).
-Where it is not installed its tests are skipped, saying so; CHORUS_REQUIRE_POSTGRES=1 (as in CI) makes that a
-failure.
+Started from Debian's binaries, as user `postgres` where the tests run as root: the server refuses root.
+Where it is not installed its tests are skipped, saying so; with CHORUS_REQUIRE_POSTGRES=1, as in CI, they
+fail.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Postgres:
         return self.url(name)
 
     def start(self) -> None:
-        """Returns when it answers. What a killed one left holds its memory for a moment: try again."""
+        """Returns when it answers. What a killed one left running holds its memory for a moment."""
         deadline = time.monotonic() + SECONDS
         while not self._answers():
             if not self._alive():

@@ -20,6 +20,14 @@ HomeFolder = Annotated[
     Path, typer.Option("--home", envvar="CHORUS_HOME", help="Folder of jobs, checkpoints and MLflow.")
 ]
 DEFAULT_HOME = Path(".chorus")
+StoreUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        envvar="CHORUS_STORE",
+        help="sqlite:///FILE or postgresql://USER@HOST/DATABASE. Left out: chorus.db of the home.",
+    ),
+]
 Output = Annotated[Format, typer.Option("--output", "-o", help="For people or for programs.")]
 Reference = Annotated[str, typer.Argument(metavar="NAME@REF", help="NAME@champion, NAME@3 or NAME/3.")]
 RegisteredName = Annotated[str, typer.Argument(help="Registered name.")]

@@ -21,6 +21,7 @@ from orchestrator.contracts import AdapterVersion, NewVersion, Scores
 from orchestrator.registry import evaluations, plots
 from orchestrator.registry.artifacts import check_upload, stored_manifest
 from orchestrator.registry.client import PAGE, exists_already, metric_key, pages, quoted
+from orchestrator.registry.fusion_plots import fusion_plots
 from orchestrator.registry.runs import dataset
 from orchestrator.registry.versions import (
     ADAPTER_TAG,
@@ -89,6 +90,8 @@ def stage(new: NewVersion, folder: Path) -> Path:
             pictures = scratch / "eval" / score.task
             pictures.mkdir(parents=True, exist_ok=True)
             plots.evaluation_plots(score, base, pictures)
+        if new.fusion_report is not None:
+            fusion_plots(new.fusion_report, scratch / "fusion")
     return folder
 
 

@@ -30,7 +30,13 @@ def test_run_on_ray_told_to_stop_says_in_one_line_how_to_go_on(world, moment, nu
 def stopped_at(world: World, words: str, number: int) -> tuple[int, str]:
     """Start, stop as soon as the command has printed `words`; exit code, and all that it printed."""
     process = subprocess.Popen(
-        world.command(), cwd=world.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        world.command(),
+        cwd=world.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A suite started in the background of a shell has SIGINT ignored, and would hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     said = ""
