@@ -97,6 +97,16 @@ def verify_folder(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def verify_listed(folder: Path) -> dict[str, Any]:
+    """As `verify_folder`, but others may have added files: MLflow does to a version that it has fetched."""
+    manifest = read_manifest(folder)
+    for name, entry in sorted(manifest["files"].items()):
+        path = folder / name
+        if not path.is_file() or file_digest(path) != entry["sha256"]:
+            raise CorruptFolder(f"{path} does not match the digest in {MANIFEST}")
+    return manifest
+
+
 def folder_digest(folder: Path) -> str:
     """One SHA-256 over the names and digests of every file of a folder, manifest excluded."""
     return json_digest({name: entry["sha256"] for name, entry in folder_files(folder).items()})

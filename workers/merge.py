@@ -23,8 +23,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BASE_CONFIG = "config.json"
 FLOATS = ("F64", "F32", "BF16", "F16")
-ROWS_AT_ONCE = 1 << 24
-"""Elements of a weight that are widened at once: bounds what arithmetic adds to a tensor's own memory."""
+ELEMENTS_AT_ONCE = 1 << 18
+"""Of a weight, widened at once: 1 MiB stays in the processor's cache, 64 MiB take 3.5 times as long."""
 
 
 def weight_map(base: Path) -> dict[str, Path]:
@@ -122,7 +122,7 @@ def _merged(adapter: Adapter, name: str, weight: Tensor, dtype: torch.dtype) -> 
     a, b = (factor.to(wide) for factor in adapter.factors[module])
     a = adapter.scaling(module) * a
     merged = torch.empty(weight.shape, dtype=dtype)
-    rows = max(1, ROWS_AT_ONCE // weight.shape[1])
+    rows = max(1, ELEMENTS_AT_ONCE // weight.shape[1])
     for start in range(0, len(weight), rows):
         part = slice(start, start + rows)
         merged[part] = torch.addmm(weight[part].to(wide), b[part], a)

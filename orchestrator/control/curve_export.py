@@ -13,6 +13,7 @@ from typing import Any, Literal
 from orchestrator.contracts import MetricPoint, Registry, RegistryUnreachable
 from orchestrator.control.submission import Order
 from orchestrator.plan.steps import EvaluateWhat, FuseWhat, SearchWhat
+from orchestrator.registry.answers import DTYPE_TAG
 from orchestrator.store.rows import Curves, MetricRow, ValidationRow
 from orchestrator.store.store import Store
 from workers.types import DatasetSpec, DistillSpec, Teacher
@@ -158,6 +159,7 @@ def tags(order: Order) -> dict[str, str]:
         "task": what.task,
         "base.name": order.job.base.name,
         "base.digest": what.base.all,
+        DTYPE_TAG: order.job.base.dtype,
         "base.weights.digest": what.base.weights,
         "tokenizer.digest": what.base.tokenizer,
         "chat_template.digest": what.base.chat_template,

@@ -203,6 +203,9 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), ".
 tokenizer = AutoTokenizer.from_pretrained(base)
 ```
 
+From the registry, for rows of its tasks without their answers:
+`mlflow.pyfunc.load_model("models:/{name}@champion", model_config={{"base": base}}).predict(rows)`.
+
 The base must be the one whose digest is given above: a name alone does not tell. The command
 `chorus release {name}@champion --out DIR --merged` writes a full model instead."""
 

@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from orchestrator.contracts import AdapterVersion, NewVersion, Scores
-from orchestrator.registry import evaluations, plots
+from orchestrator.registry import answers, evaluations, plots
 from orchestrator.registry.artifacts import check_upload, stored_manifest
 from orchestrator.registry.client import PAGE, exists_already, metric_key, pages, quoted
 from orchestrator.registry.fusion_plots import fusion_plots
@@ -100,6 +100,7 @@ def _documents(new: NewVersion) -> dict[str, str]:
         "README.md": new.card,
         "recipe.yaml": new.recipe_yaml,
         **evaluations.documents(new.scores, new.base_scores, new.controls),
+        **answers.documents(new.tags, new.tasks),
     }
     if new.fusion_report is not None:
         documents["fusion/report.json"] = json.dumps(new.fusion_report, indent=2) + "\n"
