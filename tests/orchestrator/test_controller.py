@@ -599,6 +599,7 @@ def test_equal_training_of_two_runs_is_done_once(world):
 
 def test_equal_training_is_taken_over_when_the_job_that_did_it_is_cancelled(world):
     world.submit(finance(max_steps=20))
+    world.now += 1.0  # the older one goes first; between equals their ids would decide
     world.submit(finance(max_steps=20, name="again", evaluation={"gates": {"macro_f1": ">= 0.5"}}))
 
     def cancel() -> None:
