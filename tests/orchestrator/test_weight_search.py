@@ -69,6 +69,8 @@ def test_search_is_another_one_when_what_bears_on_it_changes(folder: Path, chang
         ({"floors": {**FLOORS, "support.perplexity": 0.9}}, "give the task 'support' one metric"),
         ({"floors": {**FLOORS, "suport.loss": 0.9}}, "did you mean 'support.loss'"),
         ({"floors": {**FLOORS, "support.chrf": 0.9}}, "support.chrf needs replies"),
+        ({"groups": ["self_attn", "mpl"]}, "fuse.search.groups: no module that is fused has 'mpl' in its name"),
+        ({"groups": ["proj", "mlp"]}, "fuse.search.groups: 'mlp' is left no module by the groups before it"),
         ({"trials": 1}, "fuse.search.trials should be greater than or equal to 2"),
     ],
 )
