@@ -244,7 +244,9 @@ def _check_groups(node: Node, fuse: Fuse, recipes: Sequence[LoadedRecipe]) -> No
         if not taken:
             why = f"{part!r} is left no module by the groups before it"
             if not any(part in name for name in names):
-                why = f"no module that is fused has {part!r} in its name; there are {', '.join(_words(names))}"
+                why = (
+                    f"no module that is fused has {part!r} in its name; there are {', '.join(_words(names))}"
+                )
             raise _bad(node, ["fuse", "search", "groups", index], f"fuse.search.groups: {why}")
         left -= taken
 
