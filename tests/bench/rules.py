@@ -3,20 +3,17 @@
     python -m tests.bench.rules --home .chorus
 
 Weights are searched, and the best rule is chosen, on validation rows; what is shown is scored on test rows.
-On one rank, without generated replies. Nothing in the home changes.
+On two ranks, without generated replies. Nothing in the home changes.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
 
 from orchestrator.gate import lower_is_better, retained
 from orchestrator.judgement import HEADLINES
@@ -26,6 +23,7 @@ from orchestrator.recipe.load import LoadedRecipe
 from orchestrator.recipe.pipeline import load_pipeline
 from tests.bench.__main__ import RESULTS
 from tests.bench.record import Bars, Machine, Outcome, Table, Target, write
+from tests.numerics.pair import two_ranks
 from workers.fuse import fuse_folders
 from workers.fuse.rules import RULES
 from workers.host import Host
@@ -33,9 +31,12 @@ from workers.ranks import Ranks
 from workers.types import (
     Attach,
     BadInput,
+    BaseSpec,
+    Command,
     Evaluate,
     EvaluationDone,
     EvaluationSpec,
+    Event,
     FuseTask,
     SearchDone,
     SearchSpec,
@@ -49,6 +50,19 @@ FLOOR = 0.95
 EQUAL = "cat, weights 1"
 GROUPS = ("self_attn", "mlp")
 Scores = Mapping[str, float]
+
+_hosts: list[Host] = []
+"""Of a rank's process: loaded once."""
+
+
+def on_host(ranks: Ranks, base: BaseSpec, command: Command) -> list[Event]:
+    """What the command and the ticks after it tell."""
+    if not _hosts:
+        _hosts.append(Host.load(base, ranks))
+    events = _hosts[0].apply(command)
+    while _hosts[0].busy:
+        events += _hosts[0].tick()
+    return events
 
 
 @dataclass(frozen=True)
@@ -77,23 +91,27 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    host: Host
+    base: BaseSpec
     parents: Sequence[Parent]
     scratch: Path
     trials: int
     samples: int
-    """Validation rows of a task in a trial."""
+    """Validation rows of a task."""
+
+    def told(self, command: Command) -> list[Event]:
+        return two_ranks(on_host, self.base, command)
 
     def scored(self, name: str, folder: str | None, control: bool = False) -> Row:
-        row = Row(name, self._scores(folder, "validation"), self._scores(folder, "test"), control)
+        validation = self._scores(folder, "validation", self.samples)
+        row = Row(name, validation, self._scores(folder, "test"), control)
         print(name, *(f"{key} {value:.4g}" for key, value in row.test.items()), sep="  ", flush=True)
         return row
 
-    def _scores(self, folder: str | None, split: str) -> Scores:
-        return {parent.key: self._score(parent, folder, split) for parent in self.parents}
+    def _scores(self, folder: str | None, split: str, most: int | None = None) -> Scores:
+        return {parent.key: self._score(parent, folder, parent.rows(split, most)) for parent in self.parents}
 
-    def _score(self, parent: Parent, folder: str | None, split: str) -> float:
-        (event,) = self.host.apply(Evaluate("score", folder, parent.rows(split)))
+    def _score(self, parent: Parent, folder: str | None, rows: EvaluationSpec) -> float:
+        (event,) = self.told(Evaluate("score", folder, rows))
         assert isinstance(event, EvaluationDone), event
         return event.report.metrics[parent.key.rpartition(".")[2]]
 
@@ -118,10 +136,7 @@ class Bench:
         )
         plan = self.plan(name, rule, rank)
         spec = SearchSpec(plan, tasks, self.trials, f"{plan.out_dir}-trials", groups)
-        events = self.host.apply(SearchWeights("search", spec))
-        while self.host.busy:
-            events += self.host.tick()
-        (event,) = events
+        (event,) = self.told(SearchWeights("search", spec))
         assert isinstance(event, SearchDone), event
         search = event.report["search"]
         weights = search["trials"][search["best"]]["weights"]
@@ -131,26 +146,24 @@ class Bench:
     def trained(self, what: TrainWhat) -> str:
         """The adapter of a training that reads no other adapter."""
         spec = what.attempt("joint", 1, str(self.scratch / "joint"), str)
-        events = self.host.apply(Attach(spec))
-        while self.host.busy:
-            events += self.host.tick()
+        events = self.told(Attach(spec))
         return next(event.adapter_dir for event in events if isinstance(event, TrainingFinished))
 
 
 def fixed(bench: Bench, rank: int) -> Iterator[Row]:
-    """Every rule in the table, at the weights 1 and at equal shares; those that cut, at two ranks."""
+    """Every rule in the table, at the weights 1 and at equal shares; those that cut, at `rank`."""
     share = 1 / len(bench.parents)
     for rule in (rule for rule in RULES if rule != "random"):
-        for cut in (rank // 2, rank) if RULES[rule].takes_rank else (None,):
-            for words, weight in (("weights 1", 1.0), (f"weights 1/{len(bench.parents)}", share)):
-                name = ", ".join(filter(None, [rule, f"rank {cut}" if cut else "", words]))
-                plan = bench.plan(name, rule, cut, [weight] * len(bench.parents))
-                try:
-                    fuse_folders(plan)
-                except BadInput as error:
-                    print(f"{name}: left out: {error}", flush=True)
-                    continue
-                yield bench.scored(name, plan.out_dir)
+        cut = rank if RULES[rule].takes_rank else None
+        for words, weight in (("weights 1", 1.0), (f"weights 1/{len(bench.parents)}", share)):
+            name = ", ".join(filter(None, [rule, f"rank {cut}" if cut else "", words]))
+            plan = bench.plan(name, rule, cut, [weight] * len(bench.parents))
+            try:
+                fuse_folders(plan)
+            except BadInput as error:
+                print(f"{name}: left out: {error}", flush=True)
+                continue
+            yield bench.scored(name, plan.out_dir)
 
 
 def rows(bench: Bench, plan: Plan, home: Path) -> Iterator[Row]:
@@ -165,7 +178,7 @@ def rows(bench: Bench, plan: Plan, home: Path) -> Iterator[Row]:
     fuse_folders(noise)
     yield bench.scored("random, of the student's norms", noise.out_dir, control=True)
     yield bench.scored("joint: trained on all labels", bench.trained(joint_step(plan)), control=True)
-    yield from fixed(bench, rank)
+    yield from fixed(bench, rank // 2)
     yield bench.searched("cat, searched", "cat", None)
     yield bench.searched(f"cat, searched by {' and '.join(GROUPS)}", "cat", None, GROUPS)
     yield bench.searched(f"svd, rank {rank // 2}, searched", "svd", rank // 2)
@@ -232,16 +245,15 @@ def outcome(found: Sequence[Row], bench: Bench) -> Outcome:
 
 def main(arguments: Sequence[str]) -> int:
     asked = parser().parse_args(arguments)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     machine, pipeline, home = Machine.read(), load_pipeline(asked.pipeline), asked.home.resolve()
     plan = make_plan(pipeline)
     parents = [
         Parent(job.name, pipeline.job(job.name), str(home / "checkpoints" / job.step("train").id / "adapter"))
         for job in plan.jobs[:-1]
     ]
-    host = Host.load(pipeline.jobs[0].base.spec, Ranks())
+    base = pipeline.jobs[0].base.spec
     with tempfile.TemporaryDirectory(prefix="rules-") as scratch:
-        bench = Bench(host, parents, Path(scratch), asked.trials, asked.samples)
+        bench = Bench(base, parents, Path(scratch), asked.trials, asked.samples)
         found = outcome(list(rows(bench, plan, home)), bench)
     command = ["python", "-m", "tests.bench.rules", *arguments]
     path = write(found, machine, asked.out, command, small=False)
@@ -253,8 +265,8 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="python -m tests.bench.rules", description=__doc__)
     found.add_argument("--home", type=Path, default=Path(".chorus"), help="of a finished run of the pipeline")
     found.add_argument("--pipeline", type=Path, default=Path("recipes/demo.yaml"))
-    found.add_argument("--trials", type=int, default=32, help="of each search")
-    found.add_argument("--samples", type=int, default=100, help="validation rows of a task in a trial")
+    found.add_argument("--trials", type=int, default=24, help="of each search")
+    found.add_argument("--samples", type=int, default=100, help="validation rows of a task")
     found.add_argument("--out", type=Path, default=RESULTS)
     return found
 
