@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from workers.adapter import Adapter, check_finite
 from workers.fuse.factors import Factors
@@ -26,6 +27,8 @@ class Module:
     name: str
     shares: tuple[Factors, ...]
     weights: tuple[float, ...]
+    grams: tuple[Tensor | None, ...] = ()
+    """X_i^T X_i [N, N] of the inputs that adapter i was trained on; read only for rule `regmean`."""
 
     @property
     def rank(self) -> int:
