@@ -27,6 +27,7 @@ SEEDED: frozenset[Law] = frozenset({"identity", "linear", "scaling", "folding"})
 SEEDED_SIGNS: frozenset[Law] = frozenset({"identity", "scaling", "folding"})
 MEANS: frozenset[Law] = frozenset({"identity", "permutation", "folding"})
 """Divided by the weights: twice the weights is the same adapter."""
+SEEDED_MEANS: frozenset[Law] = frozenset({"identity", "folding"})
 FLAT: frozenset[Law] = frozenset({"permutation", "scaling", "folding"})
 """The spectrum is levelled, also that of a single adapter."""
 
@@ -43,6 +44,8 @@ class Row:
     cut: Cut
     laws: frozenset[Law]
     options: tuple[str, ...] = ()
+    divides: bool = False
+    """By the weights, which are shares then: none below 0."""
 
     @property
     def takes_rank(self) -> bool:
@@ -56,14 +59,19 @@ ROWS: dict[str, Row] = {
     "core": Row("exact weighted sum, at the rank it has", "allowed", ALL),
     "ties": Row("trim, elect signs by weighted mass, mean of those that agree", "allowed", SCALES, DENSITY),
     "ties_peft": Row("ties; signs by unweighted mass, divided by count", "allowed", SCALES, DENSITY),
-    "ties_mergekit": Row("ties; signs by weighted mass, divided by weights", "allowed", MEANS, DENSITY),
+    "ties_mergekit": Row("ties; signs by weighted mass, divided by weights", "allowed", MEANS, DENSITY,
+                         divides=True),
     "ties_dense": Row("ties on whole matrices: slow, an oracle", "needed", SCALES, DENSITY),
     "dare": Row("drop entries at random, rescale, add", "allowed", SEEDED, DRAWN),
     "dare_ties": Row("drop at random, rescale, then as ties", "allowed", SEEDED_SIGNS, DRAWN),
+    "dare_ties_peft": Row("dare_ties; signs by unweighted mass", "allowed", SEEDED_SIGNS, DRAWN),
+    "dare_ties_mergekit": Row("dare_ties; what agrees is added", "allowed", SEEDED_SIGNS, DRAWN),
     "dare_dense": Row("dare on whole matrices: slow, an oracle", "needed", SEEDED_SIGNS, DRAWN),
     "della": Row("drop small entries oftener, rescale, then as ties", "allowed", SEEDED_SIGNS,
                  (*DRAWN, "epsilon")),
     "della_linear": Row("drop small entries oftener, rescale, add", "allowed", SEEDED, (*DRAWN, "epsilon")),
+    "della_mergekit": Row("della; same l1 norm, divided by weights", "allowed", SEEDED_MEANS,
+                          (*DRAWN, "epsilon"), divides=True),
     "della_dense": Row("della on whole matrices: slow, an oracle", "needed", SEEDED_SIGNS,
                        (*DRAWN, "epsilon")),
     "breadcrumbs": Row("drop the largest and the smallest entries, add", "allowed", ALL, (*DENSITY, "gamma")),
@@ -77,8 +85,8 @@ ROWS: dict[str, Row] = {
     "iso_cts": Row("flat spectrum, with each adapter's own directions kept", "allowed", FLAT,
                    ("common", "scale")),
     "regmean": Row("least squares over own inputs; needs gram.safetensors", "allowed", MEANS,
-                   ("alpha", "scale")),
-    "random": Row("a control: random, of the weighted sum's norms", "refused", frozenset({"scaling"})),
+                   ("alpha", "scale"), divides=True),
+    "random": Row("a control: random, of the weighted sum's norms", "refused", frozenset()),
 }  # fmt: skip
 MERGES = tuple(name for name in ROWS if name != "random")
 """What a user may ask for; the control is planned beside it."""
@@ -105,7 +113,7 @@ def check_weights(name: str, weights: Sequence[float], adapters: int) -> None:
     for weight in weights:
         if not math.isfinite(weight):
             raise BadInput(f"fuse: weight {weight} is not a finite number")
-    if "scaling" not in ROWS[name].laws and (min(weights) < 0 or sum(weights) == 0):
+    if ROWS[name].divides and (min(weights) < 0 or sum(weights) == 0):
         raise BadInput(f"fuse: rule '{name}' divides by the weights; give weights of 0 or more, not all 0")
 
 

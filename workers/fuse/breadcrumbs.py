@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from workers.fuse.rule import Options
+from workers.fuse.ties import kept_entries
 
 
 def breadcrumbs(deltas: Tensor, weights: Tensor, options: Options, seed: int) -> Tensor:  # noqa: ARG001
@@ -15,9 +16,9 @@ def breadcrumbs(deltas: Tensor, weights: Tensor, options: Options, seed: int) ->
     density 1 nothing is left out.
     """
     size = deltas[0].numel()
-    keep = round(options.kept * size)
+    keep = kept_entries(options.kept, size)
     gamma = 0.01 if options.gamma is None else options.gamma
-    top = min(round(gamma * size), size - keep)
+    top = min(int(gamma * size), size - keep)
     order = deltas.abs().flatten(1).argsort(dim=1)
     mask = torch.zeros_like(deltas).flatten(1).scatter_(1, order[:, size - top - keep : size - top], 1.0)
     return torch.tensordot(weights, deltas * mask.reshape(deltas.shape), dims=1)

@@ -7,7 +7,7 @@ import torch
 from workers.fuse.factors import Factors, svd
 from workers.fuse.normal import Module
 from workers.fuse.rule import Options
-from workers.fuse.shared import nearest_orthogonal, numerical, shared
+from workers.fuse.shared import NULL, nearest_orthogonal, numerical, shared
 
 
 def iso_c(module: Module, options: Options) -> Factors:  # noqa: ARG001 - every rule has this signature
@@ -35,20 +35,23 @@ def iso_cts(module: Module, options: Options) -> Factors:
     space, weights = shared(module), torch.tensor(module.weights, dtype=torch.float64)
     weighted = weights[:, None, None] * space.middles
     u, s, vh = torch.linalg.svd(weighted.sum(0), full_matrices=False)
-    common = max(1, round((0.8 if options.common is None else options.common) * len(s))) if len(s) else 0
+    if not len(s) or s[0] == 0:
+        return Factors(space.right.T[:0], space.left[:, :0])
+    common = max(1, round((0.8 if options.common is None else options.common) * len(s)))
     own = (len(s) - common) // len(weights)
     common = len(s) - own * len(weights)
     us, ss, vs = [u[:, :common]], [s[:common]], [vh[:common]]
     for delta in weighted:
         rest = delta - us[0] @ (us[0].T @ delta)
         u_i, s_i, vh_i = torch.linalg.svd(rest, full_matrices=False)
-        us.append(u_i[:, :own])
-        ss.append(s_i[:own])
-        vs.append(vh_i[:own])
-    mean = float(torch.cat(ss).mean()) if len(s) else 0.0
+        # A direction without a length is rounding, and would be given the mean one.
+        left = min(own, int((s_i > NULL * s[0]).sum()))
+        us.append(u_i[:, :left])
+        ss.append(s_i[:left])
+        vs.append(vh_i[:left])
     u = space.left @ nearest_orthogonal(torch.cat(us, dim=1))
     vh = nearest_orthogonal(torch.cat(vs).T).T @ space.right.T
-    return _level(u, vh, mean)
+    return _level(u, vh, float(torch.cat(ss).mean()))
 
 
 def _level(u: torch.Tensor, vh: torch.Tensor, length: float) -> Factors:

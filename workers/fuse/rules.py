@@ -5,8 +5,8 @@ from __future__ import annotations
 from workers.fuse.breadcrumbs import breadcrumbs
 from workers.fuse.cat import cat
 from workers.fuse.core import core
-from workers.fuse.dare import dare, dare_ties
-from workers.fuse.della import della, della_linear
+from workers.fuse.dare import dare, dare_ties, dare_ties_mergekit, dare_ties_peft
+from workers.fuse.della import della, della_linear, della_mergekit
 from workers.fuse.iso import iso_c, iso_c_paper, iso_cts
 from workers.fuse.random import random
 from workers.fuse.regmean import regmean
@@ -26,9 +26,12 @@ _APPLY: dict[str, Apply] = {
     "ties_dense": on_dense(ties),
     "dare": in_core(dare),
     "dare_ties": in_core(dare_ties),
+    "dare_ties_peft": in_core(dare_ties_peft),
+    "dare_ties_mergekit": in_core(dare_ties_mergekit),
     "dare_dense": on_dense(dare),
     "della": in_core(della),
     "della_linear": in_core(della_linear),
+    "della_mergekit": in_core(della_mergekit),
     "della_dense": on_dense(della),
     "breadcrumbs": in_core(breadcrumbs),
     "breadcrumbs_dense": on_dense(breadcrumbs),

@@ -7,7 +7,7 @@ import torch
 from workers.fuse.factors import Factors, svd
 from workers.fuse.normal import Module
 from workers.fuse.rule import Apply, Merge, Options
-from workers.fuse.shared import balanced, numerical, seed_of, shared
+from workers.fuse.shared import NULL, balanced, numerical, seed_of, shared
 
 
 def in_core(merge: Merge) -> Apply:
@@ -46,7 +46,7 @@ def knots_space(module: Module) -> tuple[torch.Tensor, torch.Tensor]:
     wide = torch.cat([share.b @ r.T for share, r in zip(shares, rows, strict=True)], dim=1)
     q, r = torch.linalg.qr(wide)
     u, s, vh = torch.linalg.svd(r, full_matrices=False)
-    rank = int((s > 1e-12 * s[0]).sum()) if len(s) else 0
+    rank = int((s > NULL * s[0]).sum()) if len(s) else 0
     u, vh = q @ u[:, :rank], vh[:rank]
     sign = u.gather(0, u.abs().argmax(dim=0, keepdim=True)).sign() if rank else u.new_ones(1, 0)
     blocks = (sign.T * vh).split([share.a.shape[0] for share in shares], dim=1)
