@@ -7,7 +7,7 @@ is one line here, one small file under `fuse/` and its name in `fuse/rules.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Literal
@@ -94,9 +94,7 @@ MERGES = tuple(name for name in ROWS if name != "random")
 
 def check_plan(name: str, rank: int | None, options: RuleOptions) -> Row:
     """The row of `name`, if rank and options fit it. Raises BadInput with what to write instead."""
-    if name not in ROWS:
-        nearest = get_close_matches(name, ROWS, n=1, cutoff=0.0)[0]
-        raise BadInput(f"fuse: rule '{name}' is unknown; did you mean '{nearest}'? ({', '.join(ROWS)})")
+    check_name(name, ROWS)
     row = ROWS[name]
     _check_cut(name, row, rank, options)
     _check_taken(name, row, options)
@@ -104,17 +102,24 @@ def check_plan(name: str, rank: int | None, options: RuleOptions) -> Row:
     return row
 
 
+def check_name(name: str, known: Collection[str]) -> None:
+    """Raises BadInput with the nearest of the known names."""
+    if name not in known:
+        nearest = get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise BadInput(f"rule '{name}' is unknown; did you mean '{nearest}'? ({', '.join(known)})")
+
+
 def check_weights(name: str, weights: Sequence[float], adapters: int) -> None:
     """Raises BadInput unless there is one finite weight an adapter, and none below 0 where it is a share."""
     if adapters == 0:
-        raise BadInput("fuse: no adapter is given; name at least one")
+        raise BadInput("no adapter is given; name at least one")
     if len(weights) != adapters:
-        raise BadInput(f"fuse: {len(weights)} weights for {adapters} adapters; give one weight an adapter")
+        raise BadInput(f"{len(weights)} weights for {adapters} adapters; give one weight an adapter")
     for weight in weights:
         if not math.isfinite(weight):
-            raise BadInput(f"fuse: weight {weight} is not a finite number")
+            raise BadInput(f"weight {weight} is not a finite number")
     if ROWS[name].divides and (min(weights) < 0 or sum(weights) == 0):
-        raise BadInput(f"fuse: rule '{name}' divides by the weights; give weights of 0 or more, not all 0")
+        raise BadInput(f"rule '{name}' divides by the weights; give weights of 0 or more, not all 0")
 
 
 def _check_cut(name: str, row: Row, rank: int | None, options: RuleOptions) -> None:
@@ -122,42 +127,40 @@ def _check_cut(name: str, row: Row, rank: int | None, options: RuleOptions) -> N
         key for key, value in (("rank", rank), *_set(options)) if key in ("rank", *CUTS) and value is not None
     ]
     if (row.cut == "needed" and not given) or (rank is not None and rank < 1 and row.cut != "refused"):
-        raise BadInput(
-            f"fuse: rule '{name}' needs a rank of 1 or more (or an energy or a bucket), not {rank}"
-        )
+        raise BadInput(f"rule '{name}' needs a rank of 1 or more (or an energy or a bucket), not {rank}")
     if row.cut == "refused" and given:
         said = f"rank: {rank}" if rank is not None else given[0]
-        raise BadInput(f"fuse: rule '{name}' takes no rank; leave out {said}, or use rule 'svd'")
+        raise BadInput(f"rule '{name}' takes no rank; leave out {said}, or use rule 'svd'")
     if len(given) > 1:
-        raise BadInput(f"fuse: {' and '.join(given)} are two ways to cut; give one")
+        raise BadInput(f"{' and '.join(given)} are two ways to cut; give one")
 
 
 def _check_taken(name: str, row: Row, options: RuleOptions) -> None:
     for key, _ in _set(options):
         if key not in (*CUTS, *row.options):
             takes = ", ".join(row.options) or "none"
-            raise BadInput(f"fuse: rule '{name}' takes no {key}; leave it out (it takes {takes})")
+            raise BadInput(f"rule '{name}' takes no {key}; leave it out (it takes {takes})")
 
 
 def _check_ranges(options: RuleOptions) -> None:
     for key in ("density", "energy"):
         value = getattr(options, key)
         if value is not None and not 0 < value <= 1:
-            raise BadInput(f"fuse: {key} is {value}; it must be above 0 and at most 1")
+            raise BadInput(f"{key} is {value}; it must be above 0 and at most 1")
     for key in ("gamma", "epsilon", "common", "alpha"):
         value = getattr(options, key)
         if value is not None and not 0 <= value <= 1:
-            raise BadInput(f"fuse: {key} is {value}; it must be from 0 to 1")
+            raise BadInput(f"{key} is {value}; it must be from 0 to 1")
     if options.bucket is not None and options.bucket not in BUCKETS:
         nearest = min(BUCKETS, key=lambda bucket: abs(bucket - (options.bucket or 0)))
-        raise BadInput(f"fuse: vLLM has no bucket {options.bucket}; the nearest is {nearest} ({BUCKETS})")
+        raise BadInput(f"vLLM has no bucket {options.bucket}; the nearest is {nearest} ({BUCKETS})")
     if options.scale is not None and not math.isfinite(options.scale):
-        raise BadInput(f"fuse: scale {options.scale} is not a finite number")
+        raise BadInput(f"scale {options.scale} is not a finite number")
     if options.seed is not None and options.seed < 0:
-        raise BadInput(f"fuse: seed is {options.seed}; it must be 0 or more")
+        raise BadInput(f"seed is {options.seed}; it must be 0 or more")
     density, gamma = options.density or 0.5, options.gamma or 0.0
     if density + gamma > 1:
-        raise BadInput(f"fuse: density {density} and gamma {gamma} are together more than all entries")
+        raise BadInput(f"density {density} and gamma {gamma} are together more than all entries")
 
 
 def _set(options: RuleOptions) -> list[tuple[str, float | int]]:
@@ -168,3 +171,17 @@ def _set(options: RuleOptions) -> list[tuple[str, float | int]]:
 def as_given(options: RuleOptions) -> dict[str, float | int]:
     """Only what was set: an option that comes later changes no id of an older plan."""
     return dict(_set(options))
+
+
+def options_of(settings: Sequence[str]) -> RuleOptions:
+    """Options from words like density=0.2. Raises BadInput naming the one that is unknown or no figure."""
+    kinds = {field.name: int if "int" in str(field.type) else float for field in fields(RuleOptions)}
+    found: dict[str, float] = {}
+    for key, _, text in (setting.partition("=") for setting in settings):
+        if key not in kinds:
+            raise BadInput(f"'{key}' is no option of a rule; there are {', '.join(kinds)}")
+        try:
+            found[key] = kinds[key](text)
+        except ValueError:
+            raise BadInput(f"{key} is '{text}'; give it as {key}=FIGURE") from None
+    return RuleOptions(**found)  # pyright: ignore[reportArgumentType] - of the kinds of its fields

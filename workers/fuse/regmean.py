@@ -25,7 +25,7 @@ def regmean(module: Module, options: Options) -> Factors:
     for index, gram in enumerate(module.grams or (None,) * len(module.shares)):
         if gram is None:
             raise BadInput(
-                f"fuse: rule 'regmean' needs the inputs of module '{module.name}' of adapter {index + 1}: "
+                f"rule 'regmean' needs the inputs of module '{module.name}' of adapter {index + 1}: "
                 "put its Gram matrix X^T X under that name into gram.safetensors beside the adapter"
             )
         gram = gram.double()
