@@ -118,3 +118,10 @@ def test_search_is_drawn_as_a_picture_of_its_trials(tmp_path: Path) -> None:
     table = {"floors": dict.fromkeys(keys, 0.9), "best": 2, "trials": trials}
     fusion_plots({"search": table}, tmp_path)
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_fusion_plots_draw_the_certificate_of_a_fusion(tmp_path: Path) -> None:
+    report = {"cosines": [[1.0, -0.2], [-0.2, 1.0]], "spectrum": [3.0, 1.0, 0.0]}
+    fusion_plots({**report, "summary": {"effective_rank": 1.8}}, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["similarity.png", "spectrum.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())

@@ -22,7 +22,8 @@ def cut(whole: Factors, options: Options) -> Fused:
     root = s[:rank].sqrt()
     kept = Factors(root[:, None] * vh[:rank], u[:, :rank] * root)
     total, lost = float(torch.linalg.vector_norm(s)), float(torch.linalg.vector_norm(s[rank:]))
-    return Fused(kept, lost / total if total else 0.0, lost, float(s[rank]) if rank < len(s) else 0.0)
+    worst = float(s[rank]) if rank < len(s) else 0.0
+    return Fused(kept, lost / total if total else 0.0, lost, worst, s[:rank])
 
 
 def _rank(s: Tensor, options: Options) -> int:

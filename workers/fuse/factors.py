@@ -19,6 +19,9 @@ class Factors(NamedTuple):
     a: Tensor
     b: Tensor
 
+    def to(self, dtype: torch.dtype) -> Factors:
+        return Factors(self.a.to(dtype), self.b.to(dtype))
+
 
 class Core(NamedTuple):
     """`left @ middle @ right.T`, with orthonormal columns left [M, C] and right [N, D]; middle [C, D]."""
@@ -63,11 +66,14 @@ def inner(one: Factors, other: Factors) -> float:
 
 
 @contextmanager
-def one_thread() -> Generator[None]:
-    """LAPACK's last digits depend on the number of threads: with one, equal inputs give equal bytes."""
+def one_thread() -> Generator[int]:
+    """LAPACK's last digits depend on the number of threads: with one, equal inputs give equal bytes.
+
+    Yields how many there were.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        yield threads
     finally:
         torch.set_num_threads(threads)

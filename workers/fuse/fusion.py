@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from workers.adapter import Adapter, adapter_digests, read_adapter, write_adapter
+from workers.fuse.certificate import ModuleReport, module_report
 from workers.fuse.cut import cut
 from workers.fuse.factors import Factors, one_thread
 from workers.fuse.grams import gram_of
+from workers.fuse.in_turn import in_turn
 from workers.fuse.normal import Module, adapter_of, common_targets, modules, output_dtype
-from workers.fuse.report import REPORT, ModuleReport, Overlap, as_json, clamped, module_report, summary
+from workers.fuse.reduced import reduced
+from workers.fuse.report import REPORT, Overlap, Spectrum, as_json, clamped, inner_products, summary
 from workers.fuse.rule import Options
 from workers.fuse.rules import RULES
 from workers.manifest import MANIFEST, json_digest, publish_folder, read_manifest, verify_folder
@@ -46,18 +51,17 @@ def fuse(
         check_weights(rule, given, len(adapters))
     asked, limit = Options(**asdict(options), rank=rank), rank or options.bucket
     names = names or [f"adapter {i + 1}" for i in range(len(adapters))]
+    dtype = output_dtype(adapters)
     fused: dict[str, Factors] = {}
     reports: dict[str, ModuleReport] = {}
-    overlap = Overlap(len(adapters))
-    with one_thread():
-        for plain in modules(adapters, weights, names):
-            module = _in_group(plain, groups)
-            if rule == "regmean":
-                module = replace(module, grams=tuple(gram_of(folder, module.name) for folder in folders))
-            result = cut(_scaled(RULES[rule].apply(module, asked), options.scale), asked)
-            fused[module.name] = result.factors
-            reports[module.name] = module_report(module, result)
-            overlap.add(module.shares)
+    overlap, spectra = Overlap(len(adapters)), Spectrum()
+    with one_thread() as threads:
+        plain = modules(adapters, weights, names)
+        for done in in_turn(plain, lambda module: _one(module, rule, asked, groups, folders), threads):
+            fused[done.name] = done.factors.to(dtype)
+            reports[done.name] = done.report
+            spectra.add(done.spectrum)
+            overlap.add(done.inner)
     base_model = next((adapter.base_model for adapter in adapters if adapter.base_model), "")
     report = {
         "rule": rule,
@@ -68,9 +72,33 @@ def fuse(
         "notes": clamped(limit, reports),
         "summary": summary(reports),
         "cosines": overlap.cosines(),
+        "spectrum": spectra.values(),
         "modules": as_json(reports),
     }
-    return adapter_of(fused, base_model, common_targets(adapters), output_dtype(adapters)), report
+    return adapter_of(fused, base_model, common_targets(adapters), dtype), report
+
+
+@dataclass(frozen=True)
+class _Done:
+    """One module's result and figures."""
+
+    name: str
+    factors: Factors
+    report: ModuleReport
+    spectrum: Tensor
+    inner: list[list[float]]
+
+
+def _one(plain: Module, rule: str, asked: Options, groups: Groups, folders: Sequence[Path]) -> _Done:
+    whole = _in_group(plain, groups)
+    if rule == "regmean":
+        whole = replace(whole, grams=tuple(gram_of(folder, whole.name) for folder in folders))
+    small = reduced(whole)
+    used = small.module if RULES[rule].rotates else whole
+    result = cut(_scaled(RULES[rule].apply(used, asked), asked.scale), asked)
+    report, spectrum = module_report(whole, used, result)
+    factors = small.back(result.factors) if used is small.module else result.factors
+    return _Done(whole.name, factors, report, spectrum, inner_products(small.module.shares))
 
 
 def fuse_folders(task: FuseTask) -> dict[str, Any]:

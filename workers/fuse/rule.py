@@ -36,6 +36,8 @@ class Fused:
     """Frobenius norm of what was cut: the distance between the result and the rule's own."""
     spectral_error: float = 0.0
     """Largest singular value that was cut: no unit input is answered further off."""
+    spectrum: Tensor | None = None
+    """Singular values of `factors`, in falling order, where cutting found them."""
 
 
 Apply = Callable[[Module, Options], Factors]
@@ -49,6 +51,8 @@ class Rule:
 
     apply: Apply
     row: Row
+    rotates: bool
+    """The rule gives Q f(D_1, ..., D_T) P^T for Q D_i P^T, Q and P orthonormal: it may work on small ones."""
 
     @property
     def takes_rank(self) -> bool:

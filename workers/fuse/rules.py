@@ -44,4 +44,11 @@ _APPLY: dict[str, Apply] = {
     "regmean": regmean,
     "random": random,
 }
-RULES: dict[str, Rule] = {name: Rule(_APPLY[name], row) for name, row in ROWS.items()}
+_ENTRIES = frozenset(
+    {"ties_dense", "dare_dense", "della_dense", "breadcrumbs_dense", "knots", "knots_dare"}
+    | {"iso_c_paper", "regmean", "random"}
+)
+"""Work on entries, inputs or sizes of the whole module, so that it may not be turned before."""
+RULES: dict[str, Rule] = {
+    name: Rule(_APPLY[name], row, rotates=name not in _ENTRIES) for name, row in ROWS.items()
+}
