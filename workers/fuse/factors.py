@@ -41,9 +41,15 @@ class Svd(NamedTuple):
 
 def core(factors: Factors) -> Core:
     """QR of B and of A^T with their small product between: a lossless change of basis (arXiv 2509.17786)."""
-    left, r_b = torch.linalg.qr(factors.b)
-    right, r_a = torch.linalg.qr(factors.a.T)
+    left, r_b = _side(factors.b)
+    right, r_a = _side(factors.a.T)
     return Core(left, r_b @ r_a.T, right)
+
+
+def _side(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Q and R; what is no higher than wide is its own R."""
+    m, k = columns.shape
+    return torch.linalg.qr(columns) if m > k else (torch.eye(m, dtype=columns.dtype), columns)
 
 
 def svd(factors: Factors) -> Svd:
