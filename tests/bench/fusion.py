@@ -1,4 +1,4 @@
-"""Fusion in factors against the dense way, each in a fresh process, in one run; and in the shape of an 8B model.
+"""Fusion in factors against the dense way, each in a fresh process; and in the shape of an 8B model.
 
     python -m tests.bench.fusion svd      4 adapters of rank 16 against PEFT's `svd`
     python -m tests.bench.fusion knots    6 adapters of rank 16 against the dense computation
