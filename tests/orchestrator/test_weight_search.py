@@ -138,3 +138,10 @@ def _lose_the_host_of_a_search(world: World) -> None:  # noqa: F811
     """At its next poll, which would have brought the search's end."""
     if not world.faults.lose_at and world.cluster.asked("SearchWeights"):
         world.faults.lose_at = {world.cluster.polls + 1}
+
+
+def test_fusion_plots_draw_the_certificate_of_a_fusion(tmp_path: Path) -> None:
+    report = {"cosines": [[1.0, -0.2], [-0.2, 1.0]], "spectrum": [3.0, 1.0, 0.0]}
+    fusion_plots({**report, "summary": {"effective_rank": 1.8}}, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["similarity.png", "spectrum.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
