@@ -15,8 +15,8 @@ import torch
 from workers import checkpoint
 from workers.adapter import Adapter, read_adapter
 from workers.base import Base, load_base
-from workers.capacity import Capacity, chunk_tokens
-from workers.compose import MicroBatch, compose, cut_step
+from workers.capacity import Capacity
+from workers.compose import MicroBatch, compose
 from workers.evaluate import evaluate
 from workers.lora import Segment
 from workers.manifest import verify_folder
@@ -183,11 +183,8 @@ class Host:
 
     def _validate(self, resident: Resident) -> float:
         """Mean loss over the validation rows, without neighbours."""
-        tokens = target_count(resident.validation)
-        share = Share(resident.slot, 0, 0, 0.0, tokens)
-        chunks = cut_step(
-            resident.validation, self.ranks.world_size, chunk_tokens(self.base.spec), self.base.longest
-        )
+        share = Share(resident.slot, 0, 0, 0.0, target_count(resident.validation))
+        chunks = resident.validation_chunks(self.base, self.ranks)
         total = torch.zeros((), dtype=torch.float64, device=self.base.device)
         for chunk in chunks:
             micro_batch = MicroBatch(chunk.padded_length, (("validation", chunk),))
@@ -220,10 +217,12 @@ class Host:
             return [JobStopped(spec.job, spec.attempt, 0, "internal_error", "the host has no free slot")]
         found = checkpoint.newest(Path(spec.checkpoint_dir)) if self.ranks.rank == 0 else None
         path, slot = self.ranks.broadcast(found), next(self._slots)
-        resident, problem = on_all(self.ranks, lambda: settle(self.base, spec, slot, path))
+        readers = len(spec.distill.teachers) if spec.distill and spec.distill.labels < 1 else 0
+        teachers = tuple(next(self._slots) for _ in range(readers))
+        resident, problem = on_all(self.ranks, lambda: settle(self.base, spec, slot, teachers, path))
         problem = problem or self._too_large(resident)
         if problem:
-            self.base.slots.free(slot)
+            self._free(slot, *teachers)
             return [JobStopped(spec.job, spec.attempt, 0, *problem)]
         self.residents[spec.job] = resident
         return [resident.attached(), *resident.reports, *self._go_on(resident)]
@@ -291,4 +290,8 @@ class Host:
     def _leave(self, resident: Resident) -> None:
         del self.residents[resident.spec.job]
         self._credit.pop(resident.spec.job, None)
-        self.base.slots.free(resident.slot)
+        self._free(resident.slot, *resident.teachers)
+
+    def _free(self, *slots: int) -> None:
+        for slot in slots:
+            self.base.slots.free(slot)

@@ -102,6 +102,34 @@ class TrainingSpec:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """A frozen adapter, and the rows that it teaches a student: every step takes `batch_size` of them."""
+
+    adapter_dir: str
+    train: tuple[DatasetSpec, ...]
+    validation: tuple[DatasetSpec, ...]
+    batch_size: int
+    weight: float = 1.0
+    """Of its rows' mean loss, relative to the other teachers' weights."""
+
+
+@dataclass(frozen=True)
+class DistillSpec:
+    """Train one adapter against others on the same base (Hinton et al., arXiv 1503.02531 section 2).
+
+    At a target with teacher p and student q, softened by `temperature` T, and label y:
+    labels * CE(q_1, y) + (1 - labels) * T^2 * KL(p_T || q_T).
+    """
+
+    teachers: tuple[Teacher, ...]
+    temperature: float = 1.0
+    labels: float = 0.5
+    """From 0 to 1. 1: the labels alone, no teacher is read; that is training on all the rows jointly."""
+    start: str = ""
+    """Adapter folder the student starts from; empty for a fresh one. Its rank is `AdapterSpec.r` at most."""
+
+
+@dataclass(frozen=True)
 class JobSpec:
     """What a host needs to train one attempt of one job."""
 
@@ -115,6 +143,8 @@ class JobSpec:
     """Holds `step-<n>` folders; the newest one that verifies is resumed from."""
     weight: int = 50
     """Share of a tick's tokens, relative to the other residents' weights."""
+    distill: DistillSpec | None = None
+    """Then the rows are its teachers', and `train` and `validation` are empty."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +251,7 @@ class StepDone:
     grad_norm: float
     learning_rate: float
     tokens: int
-    """Real (unpadded) tokens of the batch, prompt included."""
+    """Real (unpadded) tokens of the batch, prompt included; what a teacher reads too counts twice."""
     seconds: float
     skipped: bool = False
     """True when the gradient was not finite and the step was left out."""

@@ -84,10 +84,16 @@ def _write_curves(work: Work, events: Sequence[Event]) -> None:
         if isinstance(event, StepDone | Validated) and work.present(event.job, event.attempt):
             points.setdefault(event.job, []).append(event)
     for job, found in points.items():
-        work.store.curves.write(work.order(job).series, found, work.clock())
+        work.store.curves.write(_series(work, job, found[0].attempt), found, work.clock())
         steps = [point for point in found if isinstance(point, StepDone)]
         if steps:
             work.store.write_progress(job, steps[-1].attempt, _progress(steps[-1]))
+
+
+def _series(work: Work, job: str, attempt: int) -> str:
+    """The training at hand: a fusion may have one for its adapter and one for a control."""
+    flight = work.training(job, attempt)
+    return flight.step.id if flight else work.order(job).series
 
 
 def _progress(step: StepDone) -> Progress:

@@ -6,7 +6,7 @@ Each may be interrupted anywhere and done again; neither changes a job's status.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from orchestrator.control.curve_export import CurveExport, params, run_inputs, t
 from orchestrator.control.ledger import Ledger, flat
 from orchestrator.control.submission import Order
 from orchestrator.gate import Finding, Verdict, check
-from orchestrator.plan.steps import PromoteWhat
+from orchestrator.plan.steps import PromoteWhat, TrainWhat
 from orchestrator.registry.card import card
 from workers.types import BadInput
 
@@ -108,8 +108,28 @@ class Registration:
             recipe_yaml=what.recipe_yaml,
             card=self.card(order),
             parents=self._parents(order),
-            fusion_report=self.ledger.result(what.adapter).get("report"),
+            fusion_report=self._fusion_report(order),
         )
+
+    def _fusion_report(self, order: Order) -> dict[str, Any] | None:
+        """What fused the version, and what it was measured beside; None for a trained one."""
+        if order.job.kind != "fuse":
+            return None
+        what = order.registered
+        report = dict(self.ledger.result(what.adapter).get("report") or {})
+        if order.train is not None:
+            report = {**params(order), **self._start(order.train)}
+        if what.controls:
+            scores = {name: self.ledger.scores(steps) for name, steps in what.controls.items()}
+            report["controls"] = controls(scores)
+        return report
+
+    def _start(self, train: TrainWhat) -> dict[str, Any]:
+        """The report of the sum that a student started from."""
+        if train.start is None:
+            return {}
+        start = self.ledger.result(train.start)["report"]
+        return {"cosines": start["cosines"], "start": start}
 
     def _parents(self, order: Order) -> tuple[str, ...]:
         return tuple(self._parent(order, parent) for parent in order.registered.parents)
@@ -144,6 +164,21 @@ class Registration:
             parent_scores=flat(self.ledger.scores(what.parent_scores)),
             champion_scores=None if champion is None else _champion_scores(champion),
         )
+
+
+def controls(scores: Mapping[str, Sequence[Scores]]) -> dict[str, Any]:
+    """Every control's figures by `<task>.<metric>`, and the parent that does best on all tasks together.
+
+    That is by mean loss per target token over the tasks, the one figure all kinds of rows have.
+    """
+    figures = {name: flat(found) for name, found in scores.items()}
+    losses = {
+        name: math.fsum(score.report.metrics["loss"] for score in found) / len(found)
+        for name, found in scores.items()
+        if name.startswith("parent ")
+    }
+    rows = {score.task: score.report.rows for found in scores.values() for score in found}
+    return {"rows": rows, "best_single": min(losses, key=losses.__getitem__), "scores": figures}
 
 
 def _portable(scores: Sequence[Scores]) -> tuple[Scores, ...]:

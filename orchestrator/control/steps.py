@@ -90,7 +90,8 @@ class Steps:
     def _send(self, job: JobRow, order: Order, step: Step, host: Host) -> None:
         if isinstance(step.what, TrainWhat):
             folder = str(self._ledger.checkpoint_dir(step.id))
-            command = Attach(step.what.attempt(job.id, job.attempt, folder))
+            spec = step.what.attempt(job.id, job.attempt, folder, lambda name: self._folder(order, name))
+            command = Attach(spec)
         else:
             assert isinstance(step.what, EvaluateWhat), f"a host does not do {step.kind}"
             folder = self._folder_of(order, step.what.adapter)
@@ -102,8 +103,9 @@ class Steps:
 
     def _folder_of(self, order: Order, adapter: str | None) -> str | None:
         """The verified folder of a step's adapter or of a registered one; None for the base alone."""
-        if adapter is None:
-            return None
+        return None if adapter is None else self._folder(order, adapter)
+
+    def _folder(self, order: Order, adapter: str) -> str:
         if "@" in adapter:
             return str(self._registration.registered_adapter(order, adapter))
         return str(self._ledger.adapter_dir(adapter))

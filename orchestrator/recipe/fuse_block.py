@@ -13,9 +13,13 @@ from orchestrator.recipe.parts import (
     Gates,
     Model,
     Name,
+    NoBool,
     Number,
+    Positive,
     Registry,
+    Share,
     Slug,
+    Whole,
     Word,
 )
 
@@ -29,6 +33,11 @@ class Parent(Model):
     recipe: Word | None = None
     """With `adapter`: the recipe that says by which rows and metrics its task is judged."""
     weight: Number = 1.0
+    """In the weighted sum; with rule distill, in the sum the student starts from."""
+    share: Positive = 1.0
+    """Rule distill only: of the loss on its rows, relative to the other adapters' shares."""
+    rows: Count | None = None
+    """Rule distill only: its rows in every step; left out, the `global_batch_size` of its recipe."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Parent:
@@ -66,24 +75,68 @@ class Release(Model):
     """Write a full model instead of the adapter alone."""
 
 
+class Distill(Model):
+    """Rule distill: how one adapter is trained against the others, on their rows, on the same host."""
+
+    max_steps: Count
+    learning_rate: Annotated[float, Field(gt=0, le=1), NoBool] = 2e-3
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_ratio: Share = 0.05
+    temperature: Positive = 1.0
+    """Softens teacher and student alike before they are compared."""
+    labels: Share = 0.5
+    """How much the rows' own labels count beside the teacher's word, from 0 to below 1."""
+    start: Literal["svd", "fresh"] = "svd"
+    """svd: from the nearest adapter to the weighted sum. fresh: as any new adapter."""
+    evals_per_epoch: Whole = 1
+    saves_per_epoch: Count = 1
+    seed: Annotated[int, Field(ge=0, lt=2**63), NoBool] = 0
+
+
+class Controls(Model):
+    """What the fused adapter is measured beside, on the same rows: base, parents, a random adapter."""
+
+    random: bool = True
+    """An adapter of the fused one's norms and ranks, drawn at random."""
+    joint: bool = False
+    """Rule distill only: the same training from the labels alone, without teachers, from a fresh adapter."""
+    max_samples: Count | None = 200
+    """The first so many test rows of each task; null for all of them, and for generated replies."""
+
+
 class Fuse(Model):
     """Several adapters made into one."""
 
     name: Name
     task: Slug = "multitask"
-    rule: Literal["cat", "svd"]
-    """cat: the exact sum. svd: the nearest adapter of a given rank."""
+    rule: Literal["cat", "svd", "distill"]
+    """cat: the exact sum. svd: the nearest adapter of a given rank. distill: one trained against them."""
     rank: Count | None = None
-    """Of the result; rule svd only."""
+    """Of the result; rules svd and distill only."""
+    distill: Distill | None = None
+    """Rule distill only: how to train."""
+    controls: Controls | None = Controls()
+    """What the fused adapter is measured beside; null for nothing."""
     adapters: Annotated[tuple[Parent, ...], Field(min_length=1)]
     evaluation: FusedEvaluation = FusedEvaluation()
     registry: Registry = Registry()
     release: Release | None = None
 
     @model_validator(mode="after")
-    def _rank_belongs_to_svd(self) -> Fuse:
-        if (self.rule == "svd") != (self.rank is not None):
-            raise ValueError("rank is needed for rule svd, and only there")
+    def _rank_belongs_to_rules_that_cut(self) -> Fuse:
+        if (self.rule in ("svd", "distill")) != (self.rank is not None):
+            raise ValueError("rank is needed for rules svd and distill, and only there")
+        return self
+
+    @model_validator(mode="after")
+    def _training_belongs_to_distill(self) -> Fuse:
+        distilled = self.rule == "distill"
+        if distilled != (self.distill is not None):
+            raise ValueError("a distill block is needed for rule distill, and only there")
+        if not distilled and any(p.share != 1.0 or p.rows is not None for p in self.adapters):
+            raise ValueError("share and rows of an adapter are for rule distill only")
+        if not distilled and self.controls is not None and self.controls.joint:
+            raise ValueError("controls.joint needs rule distill, which says how to train")
         return self
 
     @model_validator(mode="after")

@@ -153,9 +153,19 @@ def write_adapter(spec: JobSpec) -> str:
                 json.dumps([asdict(spec.adapter), asdict(spec.training)])
             )
             (scratch / "adapter_model.safetensors").write_text(
-                json_digest([spec.train[0].type, spec.training.seed])
+                json_digest([_taught(spec) or spec.train[0].type, spec.training.seed])
             )
     return str(folder)
+
+
+def _taught(spec: JobSpec) -> list[str]:
+    """Of a distillation: the bytes of what teaches it; reading them is half of the test."""
+    if spec.distill is None:
+        return []
+    folders = [teacher.adapter_dir for teacher in spec.distill.teachers] + [spec.distill.start]
+    for folder in filter(None, folders):
+        verify_folder(Path(folder))
+    return [folder_digest(Path(folder)) if folder else "none" for folder in folders]
 
 
 class FakeCluster:
@@ -225,7 +235,8 @@ def run_task(task: Any) -> TaskResult:
             else:
                 for name, text in task.extra_files:
                     (scratch / name).write_text(text)
-    return TaskResult(value={"out_dir": str(folder)})
+    fused = {"rule": task.rule, "cosines": [[1.0]]} if isinstance(task, FuseTask) else {}
+    return TaskResult(value={"out_dir": str(folder), **fused})
 
 
 class Killed(BaseException):
