@@ -7,6 +7,7 @@ and return the same events. No Ray here; see `workers.serve` for the loop around
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
@@ -23,8 +24,9 @@ from workers.manifest import verify_folder
 from workers.passes import Passes
 from workers.ranks import Ranks
 from workers.resident import Resident, settle
+from workers.saves import Saves, Told
 from workers.step import Share, forward_only, reduce_gradients, target_count
-from workers.together import Problem, on_all, on_first
+from workers.together import Problem, on_all
 from workers.types import (
     Attach,
     BaseSpec,
@@ -59,6 +61,7 @@ class Host:
         )
         self.capacity = Capacity(base.spec, ranks, base.bytes_per_parameter)
         self._passes = Passes(base, ranks)
+        self._saves = Saves(ranks)
         self._credit: dict[str, int] = {}
         self._slots = count()
 
@@ -70,16 +73,30 @@ class Host:
 
     @property
     def busy(self) -> bool:
-        return bool(self.residents)
+        """Whether a tick has anything to do: to train, or to see what is being saved reach the disk."""
+        return bool(self.residents) or self._saves.under_way
 
-    def close(self) -> None:
+    def close(self) -> list[Event]:
+        """Returns when all that was being saved is durable, and says so."""
+        events = self._saved(lambda _: True)
+        self._saves.close()
         self.residents.clear()
         self.ranks.close()
+        return events
 
     # -- the tick --------------------------------------------------------------------------------------
 
     def tick(self) -> list[Event]:
-        """One composition over the residents, then a step for every job whose batch is complete."""
+        """One composition over the residents, then a step for every job whose batch is complete.
+
+        What has become durable meanwhile is told first. With nobody resident it waits for what has not.
+        """
+        if not self.residents:
+            return self._saved(lambda _: True)
+        told = self._saved()
+        return [*told, *self._train()] if self.residents else told
+
+    def _train(self) -> list[Event]:
         composition = compose(
             {job: resident.chunks for job, resident in self.residents.items()},
             self._credit,
@@ -158,28 +175,28 @@ class Host:
         events: list[Event] = [resident.end_step(loss, grad_norm)]
         if resident.bad_steps >= training.max_bad_steps:
             words = f"the gradient was not finite in {resident.bad_steps} steps in a row"
-            return [*events, self._stop(resident, "diverged", words)]
+            events += self._settled(resident.spec.job)
+            stopped = resident.spec.job not in self.residents  # for what it had under way failed
+            return events if stopped else [*events, self._stop(resident, "diverged", words)]
         if resident.validation and resident.due(training.evals_per_epoch):
             events.append(resident.validated(self._validate(resident)))
         if resident.due(training.saves_per_epoch):
-            events.append(self._save(resident))
-        if isinstance(events[-1], JobStopped):
+            events += self._save(resident)
+        if resident.spec.job not in self.residents:
             return events
         return [*events, *self._go_on(resident)]
 
     def _go_on(self, resident: Resident) -> list[Event]:
-        """Begin the next step, or finish: publish the adapter and leave the slot."""
+        """Begin the next step, or finish: leave the slot, and publish the adapter."""
         if not resident.finished:
             resident.begin_step(self.base, self.ranks)
             return []
         spec, path = resident.spec, Path(resident.spec.checkpoint_dir) / "adapter"
-        problem = on_first(
-            self.ranks, lambda: checkpoint.save_adapter(path, self._export(resident), self.base.spec.digest)
-        )
-        if problem:
-            return [self._stop(resident, *problem)]
+        finished = TrainingFinished(spec.job, spec.attempt, resident.step, str(path))
+        adapter, digest = self._export(resident), self.base.spec.digest
+        self._saves.begin(finished, lambda: checkpoint.save_adapter(path, adapter, digest))
         self._leave(resident)
-        return [TrainingFinished(spec.job, spec.attempt, resident.step, str(path))]
+        return []
 
     def _validate(self, resident: Resident) -> float:
         """Mean loss over the validation rows, without neighbours."""
@@ -204,8 +221,7 @@ class Host:
             case Evaluate():
                 return [self._evaluate(command)]
             case Close():
-                self.close()
-                return []
+                return self.close()
 
     def _attach(self, spec: JobSpec) -> list[Event]:
         held = self.residents.get(spec.job)
@@ -213,6 +229,11 @@ class Host:
             return []  # said twice
         if held is not None:
             self._leave(held)
+        # A former attempt may still be on its way to the disk, and this one goes on from it.
+        told = self._settled(spec.job)
+        return [*told, *self._take_in(spec)]
+
+    def _take_in(self, spec: JobSpec) -> list[Event]:
         if len(self.residents) >= self.base.spec.slots:
             return [JobStopped(spec.job, spec.attempt, 0, "internal_error", "the host has no free slot")]
         found = checkpoint.newest(Path(spec.checkpoint_dir)) if self.ranks.rank == 0 else None
@@ -241,16 +262,17 @@ class Host:
         resident = self.residents.get(job)
         if resident is None or resident.spec.attempt != attempt:
             return []
-        saved: list[Event] = [self._save(resident)] if resident.step else []
-        if saved and isinstance(saved[-1], JobStopped):
-            return saved
+        events = self._save(resident) if resident.step else []
+        events += self._settled(job)
+        if job not in self.residents:
+            return events  # it could not be saved
         self._leave(resident)
-        return [*saved, Detached(job, attempt, resident.step)]
+        return [*events, Detached(job, attempt, resident.step)]
 
     def _evaluate(self, command: Evaluate) -> Event:
         started, slot = time.monotonic(), next(self._slots)
         report, problem = on_all(self.ranks, lambda: self._score(command, slot))
-        self.base.slots.free(slot)
+        self._free(slot)
         if problem:
             return EvaluationFailed(command.request, problem[1])
         return EvaluationDone(command.request, report, time.monotonic() - started)
@@ -269,19 +291,38 @@ class Host:
     def _export(self, resident: Resident) -> Adapter:
         return self.base.slots.export(resident.slot, resident.spec.adapter, self.base.spec.name)
 
-    def _save(self, resident: Resident) -> CheckpointSaved | JobStopped:
-        spec = resident.spec
-        folder = Path(spec.checkpoint_dir)
+    def _save(self, resident: Resident) -> list[Event]:
+        """Begin a checkpoint, once the job's last one is durable: memory holds one copy of a job at most."""
+        spec, folder, digest = resident.spec, Path(resident.spec.checkpoint_dir), self.base.spec.digest
+        events = self._settled(spec.job)
+        if spec.job not in self.residents:
+            return events
         state = checkpoint.Checkpoint(
             self._export(resident),
             resident.optimizer.tensors(),
             resident.progress(),
         )
-        problem = on_first(self.ranks, lambda: checkpoint.save(folder, state, self.base.spec.digest))
-        if problem:
-            return self._stop(resident, *problem)
         path = checkpoint.path_of(folder, resident.step)
-        return CheckpointSaved(spec.job, spec.attempt, resident.step, str(path))
+        saved = CheckpointSaved(spec.job, spec.attempt, resident.step, str(path))
+        self._saves.begin(saved, lambda: checkpoint.save(folder, state, digest))
+        return events
+
+    def _settled(self, job: str) -> list[Event]:
+        """Wait for all that is being saved of a job."""
+        return self._saved(lambda event: event.job == job) if self._saves.of(job) else []
+
+    def _saved(self, wait_for: Callable[[Told], bool] = lambda _: False) -> list[Event]:
+        """What has become durable; a job that could not be saved is stopped. Waits for what is picked."""
+        events: list[Event] = []
+        for event, problem in self._saves.ended(wait_for):
+            resident = self.residents.get(event.job)
+            if problem is None:
+                events.append(event)
+            elif resident is not None and resident.spec.attempt == event.attempt:
+                events.append(self._stop(resident, *problem))
+            else:
+                events.append(JobStopped(event.job, event.attempt, event.step, *problem))
+        return events
 
     def _stop(self, resident: Resident, code: StopCode, message: str) -> JobStopped:
         self._leave(resident)

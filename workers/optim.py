@@ -61,8 +61,9 @@ class JobOptimizer:
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything AdamW remembers, by name."""
-        return dict(self.adamw.state.get(self.slot.weights, {}))
+        """A copy in host memory of everything AdamW remembers, by name."""
+        state = self.adamw.state.get(self.slot.weights, {})
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
 
     def restore(self, tensors: dict[str, Tensor], steps_done: int) -> None:
         state = {0: tensors} if tensors else {}

@@ -150,8 +150,12 @@ class Slots:
         self._slots[slot].refresh()
 
     def export(self, slot: int, spec: AdapterSpec, base_model: str) -> Adapter:
-        """The adapter in `slot`, as it would be saved."""
-        factors = self._slots[slot].values()
+        """A copy of the adapter in `slot` in host memory, as it would be saved."""
+        held = self._slots[slot].values()
+        factors = {
+            name: (a.detach().to("cpu", copy=True), b.detach().to("cpu", copy=True))
+            for name, (a, b) in held.items()
+        }
         return Adapter(
             factors,
             spec.r,
