@@ -1,4 +1,4 @@
-"""What all ranks do or none, and how a write to disk went: an expected failure is a value everywhere."""
+"""What all ranks do or none, and what rank 0 writes for all: an expected failure is a value everywhere."""
 
 from __future__ import annotations
 
@@ -43,3 +43,8 @@ def written(write: Callable[[], object]) -> Problem | None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         return ("disk_full" if full else "internal_error", f"cannot save: {error}")
     return None
+
+
+def on_first(ranks: Ranks, write: Callable[[], object]) -> Problem | None:
+    """Let rank 0 write; every rank learns how it went."""
+    return ranks.broadcast(written(write) if ranks.rank == 0 else None)

@@ -159,6 +159,49 @@ class EvaluationSpec:
     """Chat only: how many replies are generated for ROUGE-L and chrF."""
 
 
+@dataclass(frozen=True)
+class FuseTask:
+    """Fuse adapter folders into `out_dir` (PEFT layout, with `fusion.json`). See `workers.fuse`."""
+
+    adapter_dirs: tuple[str, ...]
+    weights: tuple[float, ...]
+    rule: str
+    rank: int | None
+    """Target rank of the `svd` rule; None for rules that keep the exact sum."""
+    out_dir: str
+    groups: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    """(part of a module's name, a weight an adapter): where the first one occurs, it takes the place of
+    `weights`. Empty: `weights` hold for every module."""
+
+
+@dataclass(frozen=True)
+class SearchTask:
+    """One task that a search judges its fusions on; task i is what adapter i of the plan was trained for."""
+
+    task: str
+    metric: str
+    lower_is_better: bool
+    evaluation: EvaluationSpec
+    """Validation rows: the test rows are for what comes out."""
+    floor: float = 0.0
+    """Share of the parent's score that must be kept."""
+
+
+@dataclass(frozen=True)
+class SearchSpec:
+    """Find weights for a fusion plan, by trials on the resident base, and make the best one's adapter."""
+
+    plan: FuseTask
+    """Its weights are those of the first trial."""
+    tasks: tuple[SearchTask, ...]
+    trials: int
+    trials_dir: str
+    """Keeps the table of trials, from which a search goes on."""
+    groups: tuple[str, ...] = ()
+    """Parts of module names that get weights of their own; empty for one weight an adapter."""
+    seed: int = 0
+
+
 # ---- commands: orchestrator -> host -----------------------------------------------------------------
 
 
@@ -185,11 +228,19 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class SearchWeights:
+    """Search on the resident base, a trial between two ticks; ends with SearchDone or EvaluationFailed."""
+
+    request: str
+    search: SearchSpec
+
+
+@dataclass(frozen=True)
 class Close:
     pass
 
 
-Command = Attach | Detach | Evaluate | Close
+Command = Attach | Detach | Evaluate | SearchWeights | Close
 
 
 # ---- events: host -> orchestrator -------------------------------------------------------------------
@@ -330,6 +381,11 @@ class EvaluationReport:
     labels: tuple[str, ...] = ()
     confusion: tuple[tuple[int, ...], ...] = ()
     """Classification: rows are truth, columns are prediction, both in the order of `labels`."""
+    row_scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
+    """What the metrics are made of, one figure a row, in the order of the rows; two adapters pair by it.
+
+    `nll` (nats) and `tokens` of the target; chat: `correct` tokens, and `rouge_l` of the rows replied to;
+    classification: `truth` and `predicted` as places in `labels`; recommendation: its metrics of each row."""
 
 
 @dataclass(frozen=True)
@@ -337,6 +393,15 @@ class EvaluationDone:
     request: str
     report: EvaluationReport
     seconds: float
+
+
+@dataclass(frozen=True)
+class SearchDone:
+    """The best trial's adapter is in the plan's `out_dir`."""
+
+    request: str
+    report: Mapping[str, Any]
+    """The fusion's report; `search` has the table of trials."""
 
 
 @dataclass(frozen=True)
@@ -355,22 +420,10 @@ class HostFailed:
 JobEvent = (
     Attached | StepDone | Validated | CheckpointSaved | OutOfMemory | TrainingFinished | Detached | JobStopped
 )
-Event = HostReady | HostMeasured | JobEvent | EvaluationDone | EvaluationFailed | HostFailed
+Event = HostReady | HostMeasured | JobEvent | EvaluationDone | SearchDone | EvaluationFailed | HostFailed
 
 
 # ---- CPU tasks that need no base in memory: run anywhere, pure files in, files out --------------------
-
-
-@dataclass(frozen=True)
-class FuseTask:
-    """Fuse adapter folders into `out_dir` (PEFT layout, with `fusion.json`). See `workers.fuse`."""
-
-    adapter_dirs: tuple[str, ...]
-    weights: tuple[float, ...]
-    rule: str
-    rank: int | None
-    """Target rank of the `svd` rule; None for rules that keep the exact sum."""
-    out_dir: str
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from orchestrator.contracts import MetricPoint, Registry, RegistryUnreachable
 from orchestrator.control.submission import Order
-from orchestrator.plan.steps import EvaluateWhat, FuseWhat
+from orchestrator.plan.steps import EvaluateWhat, FuseWhat, SearchWhat
 from orchestrator.store.rows import Curves, MetricRow, ValidationRow
 from orchestrator.store.store import Store
 from workers.types import DatasetSpec, DistillSpec, Teacher
@@ -64,7 +64,9 @@ class CurveExport:
             return
         self._next = self._clock() + EXPORT_EVERY
         try:
-            spoke = [self._end_runs(), *(self.flush(order) for order in orders)]
+            pending = self._store.curves.pending()
+            late = [order for order in orders if order.series in pending]
+            spoke = [self._end_runs(), *(self.flush(order) for order in late)]
             if any(spoke):
                 self._backoff.worked()
         except RegistryUnreachable:
@@ -128,7 +130,10 @@ def params(order: Order) -> dict[str, str]:
         spec = order.train.spec
         figures = asdict(spec.adapter) | asdict(spec.training) | _distilled(spec.distill)
         return {key: str(value) for key, value in figures.items()}
-    what = order.job.step("fuse").what
+    what = next(step.what for step in order.job.steps if step.id == order.series)
+    if isinstance(what, SearchWhat):
+        searched = {"rule": what.fuse.rule, "rank": str(what.fuse.rank), "weights": "searched"}
+        return {**searched, "trials": str(what.trials), "groups": ", ".join(what.groups)}
     assert isinstance(what, FuseWhat)
     weights = ", ".join(f"{weight:g}" for _, weight in what.adapters)
     return {"rule": what.rule, "rank": str(what.rank), "weights": weights}

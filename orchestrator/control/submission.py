@@ -16,6 +16,7 @@ NEEDS: dict[str, Need] = {
     "train": Need.SLOT,
     "evaluate": Need.HOST,
     "fuse": Need.CPU,
+    "search": Need.HOST,
     "register": Need.NOTHING,
     "promote": Need.NOTHING,
     "release": Need.CPU,

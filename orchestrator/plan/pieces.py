@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from orchestrator.plan.steps import EvaluateWhat, FuseWhat, Step, StepKind, What
-from orchestrator.recipe.fuse_block import Parent
+from orchestrator.gate import lower_is_better, metric_name
+from orchestrator.plan.steps import EvaluateWhat, FuseWhat, SearchWhat, Step, StepKind, What
+from orchestrator.recipe.fuse_block import Parent, Search
 from orchestrator.recipe.load import LoadedRecipe
 from workers.manifest import json_digest
-from workers.types import DatasetSpec, EvaluationSpec
+from workers.types import DatasetSpec, EvaluationSpec, SearchTask
 
 
 def make_step(kind: StepKind, matters: Mapping[str, Any], needs: tuple[str, ...], what: What) -> Step:
@@ -84,3 +85,39 @@ def fuse_step(rule: str, rank: int | None, sources: Sequence[Source]) -> Step:
     }
     needs = tuple(source.adapter for source in sources if source.parent.job)
     return make_step("fuse", matters, needs, FuseWhat(rule, rank, adapters))
+
+
+def search_step(search: Search, plain: Step, sources: Sequence[Source]) -> Step:
+    """In place of `plain`, which fuses with the recipe's own weights."""
+    assert isinstance(plain.what, FuseWhat)
+    floors = {key.rpartition(".")[0]: (key, floor) for key, floor in search.floors.items()}
+    tasks = tuple(
+        _search_task(source.recipe, *floors[source.recipe.recipe.task], search) for source in sources
+    )
+    matters = {
+        "first": plain.id,
+        "base": sources[0].recipe.base.fingerprint,
+        "tasks": [
+            {
+                "metric": task.metric,
+                "floor": task.floor,
+                "rows": [rows_of(dataset) for dataset in task.evaluation.datasets],
+                "digest": source.recipe.validation.digest,
+                "sequence_len": task.evaluation.sequence_len,
+            }
+            for task, source in zip(tasks, sources, strict=True)
+        ],
+        "trials": search.trials,
+        "groups": list(search.groups),
+        "seed": search.seed,
+    }
+    what = SearchWhat(plain.what, tasks, search.trials, search.groups, search.seed)
+    return make_step("search", matters, plain.needs, what)
+
+
+def _search_task(recipe: LoadedRecipe, key: str, floor: float, search: Search) -> SearchTask:
+    validation = recipe.recipe.datasets_of("validation")
+    evaluation = replace(recipe.recipe.evaluation_spec(), datasets=validation, generate_samples=0)
+    if search.max_samples:
+        evaluation = _shortened(evaluation, search.max_samples)
+    return SearchTask(recipe.recipe.task, metric_name(key), lower_is_better(key), evaluation, floor)

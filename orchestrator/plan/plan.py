@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 from orchestrator.plan import controls, distillation
-from orchestrator.plan.pieces import PACE, Source, evaluate, fuse_step, make_step, rows_of
+from orchestrator.plan.pieces import PACE, Source, evaluate, fuse_step, make_step, rows_of, search_step
 from orchestrator.plan.steps import (
     Estimate,
     Plan,
@@ -147,6 +148,7 @@ def _promote_trained(loaded: LoadedRecipe, register: Step, after: Step) -> Step:
         retention={},
         scores={recipe.task: after.id},
         parent_scores={},
+        non_inferiority={f"{recipe.task}.{key}": by for key, by in recipe.evaluation.non_inferiority.items()},
     )
     return _promote(what, register)
 
@@ -158,7 +160,7 @@ def _fuse_job(
     pipeline: LoadedPipeline, fuse: Fuse, trained: Mapping[str, PlannedJob], digests: Mapping[str, str]
 ) -> PlannedJob:
     sources = [_source(parent, recipe, trained, digests) for parent, recipe in pipeline.parents()]
-    made = distillation.steps(fuse, sources) if fuse.distill else (fuse_step(fuse.rule, fuse.rank, sources),)
+    made = _made(fuse, sources)
     fused = made[-1]
     scores = [evaluate(source.recipe, fused.id, fused.id, (fused.id,)) for source in sources]
     compared = controls.plan(fuse, sources, fused)
@@ -182,6 +184,14 @@ def _fuse_job(
         priority=max(source.recipe.recipe.schedule.priority for source in sources),
         estimate=distillation.estimate(fuse, sources) if fuse.distill else None,
     )
+
+
+def _made(fuse: Fuse, sources: list[Source]) -> tuple[Step, ...]:
+    """The steps that make the fused adapter; the last one has it."""
+    if fuse.distill is not None:
+        return distillation.steps(fuse, sources)
+    plain = fuse_step(fuse.rule, fuse.rank, sources)
+    return (search_step(fuse.search, plain, sources) if fuse.search else plain,)
 
 
 def _source(
@@ -238,6 +248,8 @@ def _promote_fused(fuse: Fuse, register: Step, sources: list[Source], scores: li
         retention=fuse.evaluation.retention,
         scores={task: step.id for task, step in zip(tasks, scores, strict=True)},
         parent_scores={task: source.evaluate.id for task, source in zip(tasks, sources, strict=True)},
+        non_inferiority=fuse.evaluation.non_inferiority,
+        worst_task=fuse.evaluation.worst_task,
     )
     return _promote(what, register)
 
@@ -252,12 +264,15 @@ def _register(what: RegisterWhat, needs: tuple[str, ...]) -> Step:
 
 def _promote(what: PromoteWhat, register: Step) -> Step:
     needs = (register.id, *what.scores.values(), *what.parent_scores.values())
-    matters = {
+    matters: dict[str, Any] = {
         "gates": dict(what.gates),
         "champion_margin": dict(what.champion_margin),
         "retention": dict(what.retention),
         "promote": what.promote,
     }
+    # Left out where they are not asked for: what was promoted before they existed stays promoted.
+    later = {"non_inferiority": dict(what.non_inferiority), "worst_task": what.worst_task}
+    matters |= {key: value for key, value in later.items() if value}
     return make_step("promote", matters, needs, what)
 
 

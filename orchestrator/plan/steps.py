@@ -10,10 +10,10 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from orchestrator.recipe.model_folder import BaseDigests
-from workers.types import BaseSpec, EvaluationSpec, JobSpec
+from workers.types import BaseSpec, EvaluationSpec, JobSpec, SearchTask
 
 JobKind = Literal["train", "fuse"]
-StepKind = Literal["evaluate_base", "train", "evaluate", "fuse", "register", "promote", "release"]
+StepKind = Literal["evaluate_base", "train", "evaluate", "fuse", "search", "register", "promote", "release"]
 
 # ---- what a step does -------------------------------------------------------------------------------------
 
@@ -65,6 +65,17 @@ class FuseWhat:
 
 
 @dataclass(frozen=True)
+class SearchWhat:
+    """Fuse with the best weights of some trials on validation rows; `fuse` has those of the first."""
+
+    fuse: FuseWhat
+    tasks: tuple[SearchTask, ...]
+    trials: int
+    groups: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class RegisterWhat:
     """Make an adapter a version. Every mapping goes from a task to the id of an evaluate step."""
 
@@ -86,7 +97,7 @@ class RegisterWhat:
 
 @dataclass(frozen=True)
 class PromoteWhat:
-    """Judge a version with `gate.check`; every key is `<task>.<metric>`."""
+    """Judge a version with `judgement.judge`; every key is `<task>.<metric>`."""
 
     name: str
     promote: bool
@@ -97,6 +108,8 @@ class PromoteWhat:
     """Task -> id of the evaluate step of the version itself."""
     parent_scores: Mapping[str, str]
     """Task -> id of the evaluate step of the parent of that task; empty unless fused."""
+    non_inferiority: Mapping[str, float] = field(default_factory=dict[str, float])
+    worst_task: str | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +121,7 @@ class ReleaseWhat:
     merged: bool
 
 
-What = EvaluateWhat | TrainWhat | FuseWhat | RegisterWhat | PromoteWhat | ReleaseWhat
+What = EvaluateWhat | TrainWhat | FuseWhat | SearchWhat | RegisterWhat | PromoteWhat | ReleaseWhat
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from orchestrator.gate import retention_problem
+from orchestrator.gate import parse_bound, retention_problem
 from orchestrator.recipe.parts import (
     BoundText,
     Count,
@@ -57,12 +57,16 @@ class FusedEvaluation(Gates):
 
     retention: dict[str, BoundText] = Field(default_factory=dict)
     """Share of the parent's score that is kept; parent/fused for a metric where lower is better."""
+    worst_task: BoundText | None = None
+    """Bound on the least retention over all tasks, each by perplexity, macro_f1 or hit_at_1."""
 
     def problem(self, allowed: set[str]) -> tuple[tuple[str, str], str] | None:
         """As `Gates.problem`, with the retention."""
         for key, text in self.retention.items():
             if why := retention_problem(key, text, allowed):
                 return ("retention", key), why
+        if self.worst_task is not None and not parse_bound(self.worst_task).is_floor:
+            return ("worst_task", self.worst_task), f"more is better, so {self.worst_task!r} guards nothing"
         return super().problem(allowed)
 
 
@@ -93,6 +97,19 @@ class Distill(Model):
     seed: Annotated[int, Field(ge=0, lt=2**63), NoBool] = 0
 
 
+class Search(Model):
+    """Find the weights by trials: each is fused, and scored on validation rows on the resident base."""
+
+    trials: Annotated[int, Field(ge=2, le=1000), NoBool]
+    floors: dict[str, Annotated[float, Field(ge=0), NoBool]]
+    """`<task>.<metric>` -> share of the parent's score that must be kept: one for every adapter's task."""
+    groups: tuple[Word, ...] = ()
+    """Parts of module names with weights of their own, like self_attn and mlp; none for one an adapter."""
+    max_samples: Count | None = 100
+    """Of each task's validation rows."""
+    seed: Annotated[int, Field(ge=0, lt=2**32), NoBool] = 0
+
+
 class Controls(Model):
     """What the fused adapter is measured beside, on the same rows: base, parents, a random adapter."""
 
@@ -115,6 +132,8 @@ class Fuse(Model):
     """Of the result; rules svd and distill only."""
     distill: Distill | None = None
     """Rule distill only: how to train."""
+    search: Search | None = None
+    """Search the weights instead of taking them as they stand; not with rule distill."""
     controls: Controls | None = Controls()
     """What the fused adapter is measured beside; null for nothing."""
     adapters: Annotated[tuple[Parent, ...], Field(min_length=1)]
@@ -137,6 +156,8 @@ class Fuse(Model):
             raise ValueError("share and rows of an adapter are for rule distill only")
         if not distilled and self.controls is not None and self.controls.joint:
             raise ValueError("controls.joint needs rule distill, which says how to train")
+        if distilled and self.search is not None:
+            raise ValueError("search is for rules that weigh adapters, not for rule distill")
         return self
 
     @model_validator(mode="after")

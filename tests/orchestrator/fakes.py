@@ -29,6 +29,8 @@ from workers.types import (
     JobSpec,
     JobStopped,
     MemoryModel,
+    SearchDone,
+    SearchWeights,
     StepDone,
     TrainingFinished,
     Validated,
@@ -71,6 +73,8 @@ class FakeHost:
         if isinstance(command, Detach):
             spec, step = self.residents.pop(command.job, (None, 0))
             return [Detached(command.job, command.attempt, step)] if spec else []
+        if isinstance(command, SearchWeights):
+            return [search(command)]
         assert isinstance(command, Evaluate)
         return [self.evaluate(command)]
 
@@ -121,6 +125,9 @@ class FakeHost:
         return EvaluationDone(command.request, EvaluationReport(task_type, metrics, 4, ({"row": 0},)), 0.1)
 
 
+FLOORS = {"finance-sentiment.macro_f1": 0.9, "support.loss": 0.9}
+
+
 @dataclass
 class Faults:
     """What goes wrong, and when."""
@@ -156,6 +163,18 @@ def write_adapter(spec: JobSpec) -> str:
                 json_digest([_taught(spec) or spec.train[0].type, spec.training.seed])
             )
     return str(folder)
+
+
+def search(command: SearchWeights) -> Event:
+    """One trial, with the plan's own weights."""
+    run_task(command.search.plan)
+    trial = {
+        "retention": dict.fromkeys(FLOORS, 1.0),
+        "weights": [list(command.search.plan.weights)],
+        "pareto": True,
+    }
+    table = {"floors": FLOORS, "best": 0, "trials": [trial]}
+    return SearchDone(command.request, {"rule": command.search.plan.rule, "search": table})
 
 
 def _taught(spec: JobSpec) -> list[str]:

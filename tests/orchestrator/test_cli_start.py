@@ -23,6 +23,15 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 COMMANDS = {
     *(
         "run",
+        "submit",
+        "serve",
+        "explain",
+        "events",
+        "hosts",
+        "teams",
+        "pause",
+        "resume",
+        "priority",
         "plan",
         "ps",
         "status",
@@ -35,7 +44,18 @@ COMMANDS = {
         "ui",
         "doctor",
     ),
-    *("adapters list", "adapters show", "adapters compare", "recipe validate", "recipe schema"),
+    *(
+        "adapters list",
+        "adapters show",
+        "adapters compare",
+        "adapters diff",
+        "adapters gates",
+        "adapters history",
+        "adapters lineage",
+        "adapters verify",
+        "recipe validate",
+        "recipe schema",
+    ),
 }
 
 
