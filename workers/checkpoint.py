@@ -120,5 +120,5 @@ def _verified(path: Path) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _verified_as_written(path: Path, inode: int, written_ns: int) -> bool:
+def _verified_as_written(path: Path, _inode: int, _written_ns: int) -> bool:
     return _verifies(path)

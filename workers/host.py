@@ -80,7 +80,7 @@ class Host:
 
     @property
     def busy(self) -> bool:
-        """Whether a tick has anything to do: to train, to search, or to see what is being saved reach the disk."""
+        """Whether a tick has anything to do: train, search, or see what is being saved reach the disk."""
         return bool(self.residents or self._searches) or self._saves.under_way
 
     def close(self) -> list[Event]:
@@ -353,7 +353,7 @@ class Host:
                 base = self.base
                 report = evaluate(base.model, base.tokenizer, self.ranks, task.evaluation, base.device)
         finally:
-            self.base.slots.free(slot)
+            self._free(slot)
         return report.metrics[task.metric]
 
     # -- leaving, saving, and what can go wrong --------------------------------------------------------
@@ -406,3 +406,4 @@ class Host:
     def _free(self, *slots: int) -> None:
         for slot in slots:
             self.base.slots.free(slot)
+        self.base.adapters.forget()

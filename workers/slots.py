@@ -98,6 +98,8 @@ class Slots:
         self.arithmetic: Arithmetic = arithmetic
         self._products = dtype if arithmetic == "fused" else self._dtype
         self._slots: dict[int, Slot] = {}
+        self.version = 0
+        """Changes whenever a slot is filled or emptied."""
 
     def __getitem__(self, slot: int) -> Slot:
         return self._slots[slot]
@@ -169,6 +171,7 @@ class Slots:
     def free(self, slot: int) -> None:
         """Empty `slot`; an empty one stays empty."""
         self._slots.pop(slot, None)
+        self.version += 1
 
     def _put(
         self,
@@ -181,6 +184,7 @@ class Slots:
             return tensor.to(self._device, self._dtype)
 
         moved = {name: (placed(a), placed(b)) for name, (a, b) in values.items()}
+        self.version += 1
         self._slots[slot] = Slot(moved, scaling, dropout, self._products, self.arithmetic == "fused")
         return self._slots[slot]
 
