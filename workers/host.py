@@ -170,10 +170,15 @@ class Host:
     def _end_steps(self, complete: list[Resident]) -> list[Event]:
         if not complete:
             return []
-        reduce_gradients(self.ranks, [resident.optimizer.slot.weights for resident in complete])
-        norms = torch.stack([resident.optimizer.step() for resident in complete])
-        losses = self.ranks.sum_(torch.stack([r.loss_on(norms.device) for r in complete]))
-        events: list[Event] = []
+        losses = torch.stack([resident.loss_on(self.base.device) for resident in complete])
+        losses_summed = self.ranks.begin_sum(losses)
+        gradients_summed = reduce_gradients(self.ranks, [r.optimizer.slot.weights for r in complete])
+        found: list[torch.Tensor] = []
+        for resident, summed in zip(complete, gradients_summed, strict=True):
+            summed()
+            found.append(resident.optimizer.step())
+        losses_summed()
+        norms, events = torch.stack(found), list[Event]()
         # The tick's one look at the device: everything before it is queued there.
         figures = torch.stack([losses.double(), norms.double()]).tolist()
         for resident, loss, norm in zip(complete, *figures, strict=True):
