@@ -87,7 +87,7 @@ class Adapters:
             x_STD = x_RTD[segment.start : segment.stop]
             mask_STD = draw_mask(segment.dropout, factors.dropout, index, x_STD, factors.a.dtype)
             mask_ND = mask_STD.flatten(0, 1)
-        tokens = x_RTD.shape[1]
+        tokens = x_RTD.shape[1:-1].numel()  # 1 in a layer that reads a vector a row, as a pooler does
         start, stop = segment.start * tokens, min(segment.stop, len(x_RTD)) * tokens
         return self._kind(start, stop, (factors,), Batched(1), factors.r, mask_ND)
 

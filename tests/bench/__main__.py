@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,6 +52,9 @@ def record(case: str, asked: argparse.Namespace, command: Sequence[str]) -> Path
         rounds = asked.rounds or (2 if asked.small else 5)
         setting = Setting(Path(folder), asked.small, rounds, asked.arithmetic)
         outcome = _case(case)(setting)
+    if asked.arithmetic != "exact":
+        title = f"{outcome.title}: {asked.arithmetic} arithmetic"
+        outcome = replace(outcome, case=f"{case}-{asked.arithmetic}", title=title)
     path = write(outcome, machine, asked.out, command, asked.small)
     print(path.read_text())
     print(f"written: {path}")
