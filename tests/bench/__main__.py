@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-CASES = ("ticks", "tokens", "residents", "bytes", "joins", "memory", "jobs")
+CASES = ("ticks", "tokens", "residents", "bytes", "joins", "memory", "operators", "jobs")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 """A rank has one thread, in the benchmarks as on a host."""
 
@@ -79,6 +79,10 @@ def _case(name: str) -> Callable:
         from tests.bench.memory import memory
 
         return memory
+    if name == "operators":
+        from tests.bench.operators import operators
+
+        return operators
     from tests.bench.jobs import jobs
 
     return jobs
