@@ -34,7 +34,7 @@ def operators(setting: Setting) -> Outcome:
         [],
         Bars({name.removeprefix("aten::"): added[name] for name in most[:8]}, "ms added to the base alone"),
         [
-            f"Self time on the CPU over {TICKS} ticks. The profiler itself takes microseconds a call: what is "
+            f"Self time on the CPU over {TICKS} ticks. The profiler takes microseconds a call: what is "
             "many short calls looks longer than it is."
         ],
     )
