@@ -19,19 +19,17 @@ from workers.base import Base, load_base
 from workers.capacity import Capacity
 from workers.compose import MicroBatch, compose
 from workers.evaluate import evaluate
-from workers.fuse import fuse_folders
-from workers.lora import Segment
+from workers.lora import ALL_ROWS, Segment
 from workers.manifest import verify_folder
 from workers.passes import Passes
 from workers.ranks import Ranks
 from workers.resident import Resident, settle
 from workers.saves import Saves, Told
-from workers.search import Search, best_plan, fused_by, key_of, read_table, write_table
+from workers.searches import Searches
 from workers.step import Share, forward_only, reduce_gradients, target_count
-from workers.together import Problem, on_all, on_first
+from workers.together import Problem, on_all
 from workers.types import (
     Attach,
-    BadInput,
     BaseSpec,
     CheckpointSaved,
     Close,
@@ -47,14 +45,10 @@ from workers.types import (
     JobSpec,
     JobStopped,
     OutOfMemory,
-    SearchDone,
-    SearchTask,
     SearchWeights,
     StopCode,
     TrainingFinished,
 )
-
-ALL_ROWS = 1 << 40
 
 
 class Host:
@@ -70,7 +64,7 @@ class Host:
         self._saves = Saves(ranks)
         self._credit: dict[str, int] = {}
         self._slots = count()
-        self._searches: dict[str, Search] = {}
+        self._searches = Searches(base, ranks, self._slots)
 
     @classmethod
     def load(cls, base: BaseSpec, ranks: Ranks) -> Host:
@@ -81,7 +75,7 @@ class Host:
     @property
     def busy(self) -> bool:
         """Whether a tick has anything to do: train, search, or see what is being saved reach the disk."""
-        return bool(self.residents or self._searches) or self._saves.under_way
+        return bool(self.residents) or self._searches.under_way or self._saves.under_way
 
     def close(self) -> list[Event]:
         """Returns when all that was being saved is durable, and says so."""
@@ -98,13 +92,11 @@ class Host:
 
         With nobody to train or search for it waits for what is not durable yet.
         """
-        idle = not (self.residents or self._searches)
+        idle = not self.residents and not self._searches.under_way
         events = self._saved(lambda _: idle)
         if self.residents:
             events += self._train()
-        for request in list(self._searches):
-            events += self._search_on(request)
-        return events
+        return events + self._searches.go_on()
 
     def _train(self) -> list[Event]:
         """One composition over the residents, then a step for every job whose batch is complete."""
@@ -237,8 +229,7 @@ class Host:
             case Evaluate():
                 return [self._evaluate(command)]
             case SearchWeights(request, spec):
-                # Rank 0 reads the table: what it holds decides the weights that all ranks try.
-                self._searches[request] = Search(spec)
+                self._searches.begin(request, spec)
                 return []
             case Close():
                 return self.close()
@@ -292,7 +283,7 @@ class Host:
     def _evaluate(self, command: Evaluate) -> Event:
         started, slot = time.monotonic(), next(self._slots)
         report, problem = on_all(self.ranks, lambda: self._score(command, slot))
-        self._free(slot)
+        self.base.adapters.free(slot)
         if problem:
             return EvaluationFailed(command.request, problem[1])
         return EvaluationDone(command.request, report, time.monotonic() - started)
@@ -305,61 +296,6 @@ class Host:
             segments = [Segment(slot, 0, ALL_ROWS)]
         with base.adapters.rows(segments), torch.no_grad():
             return evaluate(base.model, base.tokenizer, self.ranks, command.evaluation, base.device)
-
-    # -- searching -------------------------------------------------------------------------------------
-
-    def _search_on(self, request: str) -> list[Event]:
-        """The next trial of a search; the fused adapter once there are enough."""
-        search = self._searches[request]
-        _, problem = on_all(self.ranks, lambda: self._try_next(search))
-        problem = problem or on_first(self.ranks, lambda: write_table(search))
-        if problem:
-            del self._searches[request]
-            return [EvaluationFailed(request, problem[1])]
-        if not search.finished:
-            return []
-        del self._searches[request]
-        task = best_plan(search)
-        report, problem = on_all(self.ranks, lambda: fuse_folders(task) if self.ranks.rank == 0 else {})
-        if report is None:
-            assert problem is not None
-            return [EvaluationFailed(request, problem[1])]
-        return [SearchDone(request, {**self.ranks.broadcast(report), "search": search.report()})]
-
-    def _try_next(self, search: Search) -> Search:
-        """Parents' own scores first, or what a former attempt has of them; then a trial a call."""
-        tasks, folders = search.spec.tasks, search.spec.plan.adapter_dirs
-        if not search.trials and not search.parents:
-            former = self.ranks.broadcast(read_table(search.spec) if self.ranks.rank == 0 else None)
-            search.parents, search.trials = former.parents, former.trials
-        if not search.parents:
-            search.parents = {
-                key_of(task): self._metric(task, read_adapter(Path(folder)))
-                for task, folder in zip(tasks, folders, strict=True)
-            }
-        if not search.finished:
-            weights = self.ranks.broadcast(search.next_weights() if self.ranks.rank == 0 else None)
-            fused = fused_by(search.spec.plan, search.spec.groups, weights)
-            search.trials.append(search.judge(weights, {key_of(t): self._tried(t, fused) for t in tasks}))
-        return search
-
-    def _tried(self, task: SearchTask, adapter: Adapter) -> float | None:
-        """None for weights that yield no finite scores: the parents were scored, so the rows are good."""
-        try:
-            return self._metric(task, adapter)
-        except BadInput:
-            return None
-
-    def _metric(self, task: SearchTask, adapter: Adapter) -> float:
-        slot = next(self._slots)
-        self.base.slots.load(slot, adapter)
-        try:
-            with self.base.adapters.rows([Segment(slot, 0, ALL_ROWS)]), torch.no_grad():
-                base = self.base
-                report = evaluate(base.model, base.tokenizer, self.ranks, task.evaluation, base.device)
-        finally:
-            self._free(slot)
-        return report.metrics[task.metric]
 
     # -- leaving, saving, and what can go wrong --------------------------------------------------------
 
@@ -410,5 +346,4 @@ class Host:
 
     def _free(self, *slots: int) -> None:
         for slot in slots:
-            self.base.slots.free(slot)
-        self.base.adapters.forget()
+            self.base.adapters.free(slot)

@@ -21,6 +21,9 @@ from workers.products import Batched
 from workers.runs import ExactRun, FusedRun, Kept, Run, join, new_dx
 from workers.slots import Slots
 
+ALL_ROWS = 1 << 40
+"""Where a segment stops that has every row."""
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -52,15 +55,15 @@ class Adapters:
         self._segments = tuple(segments)
         now = (self.slots.version, self._segments)
         if now != self._joined_for:
-            self.forget()
-            self._joined_for = now
+            self._joined, self._joined_for = {}, now
         try:
             yield
         finally:
             self._segments = ()
 
-    def forget(self) -> None:
-        """Let go of slots that passes before this one read; they may have been freed."""
+    def free(self, slot: int) -> None:
+        """Empty the slot, and let go of what read it."""
+        self.slots.free(slot)
         self._joined, self._joined_for = {}, None
 
     def runs(self, name: str, index: int, x_RTD: Tensor) -> list[Run]:
