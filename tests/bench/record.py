@@ -133,15 +133,16 @@ def write(outcome: Outcome, machine: Machine, folder: Path, command: Sequence[st
 def _text(outcome: Outcome, machine: Machine, picture: str, command: Sequence[str], small: bool) -> str:
     missed = [target.what for target in outcome.targets if not target.met]
     verdict = f"Missed: {'; '.join(missed)}." if missed else "Every target is met."
+    lines = [target.line for target in outcome.targets]
+    if not lines:
+        verdict = "No figure is required here."
     if small:
         verdict = "A trial at a small shape: its figures say nothing of the targets, nor does what is met."
     parts = [
         f"# {outcome.title}",
         verdict,
         f"- {machine.text}\n- {versions()}\n- command: `{' '.join(command)}`",
-        "\n".join(
-            ["| target | required | found | met |", "|---|---|---|---|", *(t.line for t in outcome.targets)]
-        ),
+        *(["\n".join(["| target | required | found | met |", "|---|---|---|---|", *lines])] if lines else []),
         *(table.text for table in outcome.tables),
         *outcome.notes,
         f"![{outcome.case}]({picture})",
