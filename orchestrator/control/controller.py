@@ -16,18 +16,20 @@ from pathlib import Path
 from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.contracts import Cluster, ClusterUnreachable, Registry, RegistryUnreachable
+from orchestrator.control import picture
 from orchestrator.control.curve_export import Backoff, CurveExport
 from orchestrator.control.host_events import hear
 from orchestrator.control.ledger import LostFolder
 from orchestrator.control.registration import GateFailed, Registration
 from orchestrator.control.steps import Steps
-from orchestrator.control.submission import NEEDS
 from orchestrator.control.work import Work
 from orchestrator.disk import is_full, scarce
 from orchestrator.job import Reason, Status
 from orchestrator.placement import NewHost
-from orchestrator.queue import Need, Waiting
-from orchestrator.scheduler import Decision, Snapshot, schedule
+from orchestrator.policy import Policy
+from orchestrator.queue import Waiting
+from orchestrator.recipe.teams import PolicyFile
+from orchestrator.scheduler import Decision, schedule
 from orchestrator.store.rows import JobRow
 from orchestrator.store.store import Store
 from workers.types import BadInput
@@ -57,6 +59,7 @@ class Controller:
         self._work = work = Work(store, cluster, home, clock)
         self._curves = CurveExport(store, registry, self._backoff, clock)
         self._steps = Steps(work, Registration(registry, work.ledger, self._curves, home), self._backoff)
+        self._policy = PolicyFile(home / "teams.yaml")
         self._redone: set[str] = set()
         self._too_large_since: dict[str, float] = {}
 
@@ -139,29 +142,26 @@ class Controller:
     # ---- deciding --------------------------------------------------------------------------------------
 
     def _decide(self, waiting: list[Waiting]) -> tuple[Decision, Mapping[str, Waiting]]:
-        work = self._work
-        snapshot = Snapshot(
-            capacity=work.cluster.capacity(),
-            hosts=tuple(host.view() for host in work.fleet.hosts),
-            waiting=tuple(waiting),
-            running_tasks=sum(flight.host is None for flight in work.flights.values()),
-            bases_to_come=self._bases_to_come(),
-            next_host=work.fleet.next_number,
-        )
+        work, policy = self._work, self._policy.read()
+        self._keep_books(waiting, policy)
+        snapshot = picture.snapshot(work, work.books, policy, waiting)
         return schedule(snapshot), {job.job: job for job in waiting}
 
-    def _bases_to_come(self) -> frozenset[str]:
-        orders = [self._work.order(job) for job in self._work.jobs]
-        return frozenset(
-            order.job.host_key
-            for order in orders
-            if any(NEEDS[step.kind] in (Need.SLOT, Need.HOST) for step in self._work.ledger.remaining(order))
-        )
+    def _keep_books(self, waiting: list[Waiting], policy: Policy) -> None:
+        work, now = self._work, self._work.clock()
+        work.books.keep_only(work.jobs)
+        work.books.waits({job.job for job in waiting}, now)
+        work.books.charge(work.fleet.hosts, picture.teams_aboard(work), now, policy.half_life)
+        work.books.write(now)
 
     # ---- acting ----------------------------------------------------------------------------------------
 
     def _act(self, decided: tuple[Decision, Mapping[str, Waiting]]) -> None:
         decision, asked = decided
+        for victim, taker in decision.preempt.items():
+            if victim in self._work.jobs:
+                self._work.books.preempted(victim, self._work.clock())
+                self._work.switch(victim, Reason.PREEMPTED, f"for {taker}")
         for name in decision.close_hosts:
             self._work.drop_flights(self._work.fleet.stop(name))
         for new in decision.start_hosts:

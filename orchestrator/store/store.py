@@ -37,6 +37,7 @@ from orchestrator.store.rows import (
     RunRow,
     StepRow,
 )
+from orchestrator.store.scheduling import SchedulingStore
 
 
 class NoSuchJob(LookupError):
@@ -56,6 +57,7 @@ class Store:
         self._writer = engine.execution_options(**{tables.WRITES: True})
         self._clock = clock
         self.curves = CurveStore(engine)
+        self.scheduling = SchedulingStore(engine)
 
     @classmethod
     def open(cls, path: Path) -> Store:

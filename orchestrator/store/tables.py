@@ -144,6 +144,13 @@ requests = Table(
     Column("handled_at", Float),
 )
 
+scheduling = Table(
+    "scheduling",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("value", JSON, nullable=False),
+)
+
 
 def open_engine(url: str) -> Engine:
     """An engine for `url` with every table in place. SQLite's folder is made if absent."""
