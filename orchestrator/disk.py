@@ -9,15 +9,18 @@ from pathlib import Path
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 SQLITE_FULL = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE})
+POSTGRESQL_FULL = "53100"
 SCARCE_BYTES = 16_000_000
 """With less than this free, a full disk is the likely cause of what another program failed at."""
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether `error` (the system's, SQLite's, SQLAlchemy's around one) says that a disk takes no more."""
+    """Whether `error` (the system's, a database's, SQLAlchemy's around one) says that a disk is full."""
     cause = getattr(error, "orig", error)
     if isinstance(cause, sqlite3.Error):
         return getattr(cause, "sqlite_errorcode", None) in SQLITE_FULL
+    if getattr(cause, "sqlstate", None) == POSTGRESQL_FULL:
+        return True
     return isinstance(cause, OSError) and cause.errno in FULL
 
 

@@ -55,6 +55,8 @@ class Reason(StrEnum):
     HOST_LOST = "host_lost"
     CONTROLLER_RESTARTED = "controller_restarted"
     INTERRUPTED = "interrupted"
+    PAUSED_BY_USER = "paused_by_user"
+    RESUMED_BY_USER = "resumed_by_user"
     REGISTRY_AWAY = "registry_away"
     DISK_FULL = "disk_full"
     CANCELLED_BY_USER = "cancelled_by_user"
@@ -106,6 +108,8 @@ REASONS: dict[Reason, ReasonRow] = {
     Reason.INTERRUPTED: ReasonRow(
         Status.WAITING, None, "chorus was stopped; run it again to go on from the last checkpoint"
     ),
+    Reason.PAUSED_BY_USER: ReasonRow(Status.WAITING, None, "paused; `chorus resume` lets it go on"),
+    Reason.RESUMED_BY_USER: ReasonRow(Status.WAITING, None, "waits again after a pause"),
     Reason.REGISTRY_AWAY: ReasonRow(
         Status.WAITING, None, "the registry does not answer; will be tried again"
     ),
@@ -143,6 +147,12 @@ def next_status(current: Status, reason: Reason) -> Status:
 def ends_attempt(current: Status, reason: Reason) -> bool:
     """Whether `reason` sends a job that is under way back to the queue: what its retries count."""
     return current is not Status.WAITING and REASONS[reason].status is Status.WAITING
+
+
+def stays_paused(now: Reason, then: Reason) -> bool:
+    """Whether a job that someone has paused is to stay so, whatever else sends it back to the queue."""
+    waits = REASONS[then].status is Status.WAITING and then is not Reason.RESUMED_BY_USER
+    return now is Reason.PAUSED_BY_USER and waits
 
 
 def within_budget(reason: Reason, message: str, used: int) -> tuple[Reason, str]:

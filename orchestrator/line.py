@@ -38,7 +38,7 @@ class Line:
         """Take a team's jobs out of the line; their ids. Those with parents, or of a base in `keep`, stay."""
         entries = self._teams.pop(team, [])
         stay = [entry for entry in entries if entry[1].base in keep or entry[1].parents]
-        gone = [entry[1].job for entry in entries if not (entry[1].base in keep or entry[1].parents)]
+        gone = [entry[1].job for entry in sorted(entries) if not (entry[1].base in keep or entry[1].parents)]
         if stay:
             heapq.heapify(stay)
             self._teams[team] = stay

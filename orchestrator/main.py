@@ -34,7 +34,7 @@ def real_parts() -> Parts:
 def open_store(home: Home) -> Generator[Store]:
     from orchestrator.store.store import Store
 
-    with closing(Store.open(home.database)) as store:
+    with closing(Store(home.store_url)) as store:
         yield store
 
 

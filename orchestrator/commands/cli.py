@@ -59,6 +59,14 @@ app.add_typer(recipe_app, name="recipe")
 HomeFolder = Annotated[
     Path, typer.Option("--home", envvar="CHORUS_HOME", help="Folder of jobs, checkpoints and MLflow.")
 ]
+StoreUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        envvar="CHORUS_STORE",
+        help="sqlite:///FILE or postgresql://USER@HOST/DATABASE. Left out: chorus.db of the home.",
+    ),
+]
 Output = Annotated[Format, typer.Option("--output", "-o", help="For people or for programs.")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="FILE", help="A recipe or a pipeline.")]
 Reference = Annotated[str, typer.Argument(metavar="NAME@REF", help="NAME@champion, NAME@3 or NAME/3.")]
@@ -69,8 +77,8 @@ NewFolder = Annotated[Path, typer.Option(help="A folder that does not exist yet.
 DEFAULT_HOME = Path(".chorus")
 
 
-def _home(folder: Path) -> Home:
-    return Home(folder.absolute())
+def _home(folder: Path, store: str | None = None) -> Home:
+    return Home(folder.absolute(), store)
 
 
 def _exit(code: int) -> NoReturn:
@@ -85,6 +93,7 @@ def run(
     ctx: typer.Context,
     file: RecipeFile,
     home: HomeFolder = DEFAULT_HOME,
+    store: StoreUrl = None,
     local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
     cpus: Annotated[int | None, typer.Option(min=1, help="CPUs that Ray gives out.")] = None,
     ray_address: Annotated[str | None, typer.Option(help="A Ray cluster that exists.")] = None,
@@ -97,17 +106,21 @@ def run(
     from orchestrator.commands.run import run as body
 
     choice = ClusterChoice(local, cpus, ray_address)
-    _exit(body(ctx.obj, RunOptions(file, _home(home), choice, follow)))
+    _exit(body(ctx.obj, RunOptions(file, _home(home, store), choice, follow)))
 
 
 @app.command()
 def plan(
-    ctx: typer.Context, file: RecipeFile, home: HomeFolder = DEFAULT_HOME, output: Output = Format.table
+    ctx: typer.Context,
+    file: RecipeFile,
+    home: HomeFolder = DEFAULT_HOME,
+    store: StoreUrl = None,
+    output: Output = Format.table,
 ) -> None:
     """Show what FILE would do: steps, sizes, tokens, and what is done already."""
     from orchestrator.commands.recipes import plan as body
 
-    body(ctx.obj, _home(home), file, output)
+    body(ctx.obj, _home(home, store), file, output)
 
 
 @app.command()
@@ -117,22 +130,27 @@ def ps(
         bool, typer.Option("--all", "-a", help="Finished jobs of earlier runs too.")
     ] = False,
     home: HomeFolder = DEFAULT_HOME,
+    store: StoreUrl = None,
     output: Output = Format.table,
 ) -> None:
     """List jobs."""
     from orchestrator.commands.jobs import ps as body
 
-    body(ctx.obj, _home(home), everything, output)
+    body(ctx.obj, _home(home, store), everything, output)
 
 
 @app.command()
 def status(
-    ctx: typer.Context, reference: JobOrRun, home: HomeFolder = DEFAULT_HOME, output: Output = Format.table
+    ctx: typer.Context,
+    reference: JobOrRun,
+    home: HomeFolder = DEFAULT_HOME,
+    store: StoreUrl = None,
+    output: Output = Format.table,
 ) -> None:
     """Show one job or run; exits with 0, 100 (failed), 101 (not finished) or 103 (cancelled)."""
     from orchestrator.commands.jobs import status as body
 
-    _exit(body(ctx.obj, _home(home), reference, output))
+    _exit(body(ctx.obj, _home(home, store), reference, output))
 
 
 @app.command()
@@ -141,20 +159,142 @@ def logs(
     job: JobName,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job has finished.")] = False,
     home: HomeFolder = DEFAULT_HOME,
+    store: StoreUrl = None,
     output: Output = Format.table,
 ) -> None:
     """Show what happened to a job, and its steps; exits as `status` does."""
     from orchestrator.commands.jobs import logs as body
 
-    _exit(body(ctx.obj, _home(home), job, follow, output))
+    _exit(body(ctx.obj, _home(home, store), job, follow, output))
 
 
 @app.command()
-def cancel(ctx: typer.Context, reference: JobOrRun, home: HomeFolder = DEFAULT_HOME) -> None:
-    """Cancel a job, or all jobs of a run."""
-    from orchestrator.commands.jobs import cancel as body
+def submit(
+    ctx: typer.Context,
+    file: RecipeFile,
+    key: Annotated[
+        str | None, typer.Option(help="Of your own: a second submission under it is the first one.")
+    ] = None,
+    home: HomeFolder = DEFAULT_HOME,
+    store: StoreUrl = None,
+    output: Output = Format.table,
+) -> None:
+    """Put FILE's jobs into the queue and return; `serve` or any `run` does them."""
+    from orchestrator.commands.submit import submit as body
 
-    body(ctx.obj, _home(home), reference, console())
+    body(ctx.obj, _home(home, store), file, key, output)
+
+
+@app.command()
+def serve(
+    ctx: typer.Context,
+    home: HomeFolder = DEFAULT_HOME,
+    store: StoreUrl = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="CPUs that Ray gives out.")] = None,
+    ray_address: Annotated[str | None, typer.Option(help="A Ray cluster that exists.")] = None,
+) -> None:
+    """Work on all that is submitted, until Ctrl-C."""
+    from orchestrator.commands.serve import serve as body
+
+    _exit(body(ctx.obj, _home(home, store), ClusterChoice(False, cpus, ray_address), console()))
+
+
+@app.command()
+def explain(
+    ctx: typer.Context,
+    job: JobName,
+    home: HomeFolder = DEFAULT_HOME,
+    store: StoreUrl = None,
+    output: Output = Format.table,
+) -> None:
+    """Say why a job waits, who goes first, and what would have to be freed."""
+    from orchestrator.commands.explaining import explain as body
+
+    body(ctx.obj, _home(home, store), job, output)
+
+
+@app.command()
+def events(
+    ctx: typer.Context,
+    job: JobName,
+    home: HomeFolder = DEFAULT_HOME,
+    store: StoreUrl = None,
+    output: Output = Format.table,
+) -> None:
+    """Show every change of a job's status: who, when, from, to, why."""
+    from orchestrator.commands.looking import events as body
+
+    body(ctx.obj, _home(home, store), job, output)
+
+
+@app.command()
+def hosts(
+    ctx: typer.Context,
+    home: HomeFolder = DEFAULT_HOME,
+    store: StoreUrl = None,
+    output: Output = Format.table,
+) -> None:
+    """List the hosts at work, and who sits there."""
+    from orchestrator.commands.looking import hosts as body
+
+    body(ctx.obj, _home(home, store), output)
+
+
+@app.command()
+def teams(
+    ctx: typer.Context,
+    home: HomeFolder = DEFAULT_HOME,
+    store: StoreUrl = None,
+    output: Output = Format.table,
+) -> None:
+    """List teams with unfinished jobs, and their shares."""
+    from orchestrator.commands.looking import team_table as body
+
+    body(ctx.obj, _home(home, store), output)
+
+
+@app.command()
+def cancel(
+    ctx: typer.Context, reference: JobOrRun, home: HomeFolder = DEFAULT_HOME, store: StoreUrl = None
+) -> None:
+    """Cancel a job, or all jobs of a run."""
+    from orchestrator.commands.asking import ask
+
+    ask(ctx.obj, _home(home, store), "cancel", reference, console())
+
+
+@app.command()
+def pause(
+    ctx: typer.Context, reference: JobOrRun, home: HomeFolder = DEFAULT_HOME, store: StoreUrl = None
+) -> None:
+    """Take a job, or all jobs of a run, off their hosts after saving them."""
+    from orchestrator.commands.asking import ask
+
+    ask(ctx.obj, _home(home, store), "pause", reference, console())
+
+
+@app.command()
+def resume(
+    ctx: typer.Context, reference: JobOrRun, home: HomeFolder = DEFAULT_HOME, store: StoreUrl = None
+) -> None:
+    """Let what was paused go on."""
+    from orchestrator.commands.asking import ask
+
+    ask(ctx.obj, _home(home, store), "resume", reference, console())
+
+
+@app.command()
+def priority(
+    ctx: typer.Context,
+    reference: JobOrRun,
+    value: Annotated[str, typer.Argument(help="low, normal, high, or 0 to 100.")],
+    home: HomeFolder = DEFAULT_HOME,
+    store: StoreUrl = None,
+) -> None:
+    """Give a job, or all jobs of a run, another priority."""
+    from orchestrator.commands.asking import ask, priority_of
+
+    ask(ctx.obj, _home(home, store), "priority", reference, console(), priority_of(value))
 
 
 # ---- adapters -------------------------------------------------------------------------------------------
@@ -256,12 +396,13 @@ def release(
     merged: Annotated[bool, typer.Option("--merged", help="A full model instead of the adapter.")] = False,
     base: Annotated[str | None, typer.Option(help="Base file or model folder, if it was moved.")] = None,
     home: HomeFolder = DEFAULT_HOME,
+    store: StoreUrl = None,
 ) -> None:
     """Write a version that passed its gates to a folder, with card and manifest."""
     from orchestrator.commands.export import ReleaseOptions
     from orchestrator.commands.export import release as body
 
-    body(ctx.obj, _home(home), ReleaseOptions(reference, out, merged, base), console())
+    body(ctx.obj, _home(home, store), ReleaseOptions(reference, out, merged, base), console())
 
 
 # ---- the rest -------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ def _codes() -> tuple[tuple[type[BaseException], int], ...]:
         RegistryUnreachable,
     )
     from orchestrator.registry.server import ServerFailed
+    from orchestrator.store.engine import StoreUnreachable
     from orchestrator.store.store import NoSuchJob
     from workers.manifest import CorruptFolder
     from workers.types import BadInput
@@ -59,6 +60,7 @@ def _codes() -> tuple[tuple[type[BaseException], int], ...]:
         (RegistryUnreachable, UNREACHABLE),
         (ServerFailed, UNREACHABLE),
         (ClusterUnreachable, UNREACHABLE),
+        (StoreUnreachable, UNREACHABLE),
         (CorruptFolder, INTERNAL),
         (TaskFailed, INTERNAL),
         (DiskFull, INTERNAL),

@@ -128,7 +128,7 @@ def _base_of(parts: Parts, home: Home, version: AdapterVersion, named: str | Non
 
 
 def _known_base(parts: Parts, home: Home, digest: str) -> BaseSpec | None:
-    if not home.database.is_file():
+    if not home.has_store:
         return None
     with parts.store(home) as store:
         specs = [read_order(job.plan).job.base for job in store.jobs()]

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+STORE_VARIABLE = "CHORUS_STORE"
 PATIENCE = 1.0
 """Seconds a lock is asked for: a command that only looks at it holds it for a moment."""
 
 
 class HomeBusy(Exception):
-    """Another `chorus run` works in this home."""
+    """Another `chorus run` or `chorus serve` works in this home."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,21 @@ class Home:
     """Paths below one folder; nothing is made before it is needed."""
 
     folder: Path
+    store: str | None = None
+    """URL of the store if it is not the home's own SQLite file; it may hold a password."""
 
     @property
     def database(self) -> Path:
         return self.folder / "chorus.db"
+
+    @property
+    def store_url(self) -> str:
+        return self.store or f"sqlite:///{self.database}"
+
+    @property
+    def has_store(self) -> bool:
+        """Whether something may have been submitted: a look at it then makes nothing new."""
+        return self.store is not None or self.database.is_file()
 
     @property
     def registry_lock(self) -> Path:
@@ -52,6 +64,11 @@ class Home:
         return self.folder / "logs" / "run.log"
 
     @property
+    def environment(self) -> dict[str, str]:
+        """How a process of our own is told of the store: not on its command line, which others can read."""
+        return {STORE_VARIABLE: self.store} if self.store else {}
+
+    @property
     def downloads(self) -> Path:
         return self.folder / "downloads"
 
@@ -68,7 +85,7 @@ class Home:
                 file.seek(0)
                 other = file.read().strip() or "unknown"
                 raise HomeBusy(
-                    f"another `chorus run` (process {other}) works in {self.folder}; "
+                    f"another `chorus run` or `chorus serve` (process {other}) works in {self.folder}; "
                     "wait for it, or give this one a --home of its own"
                 )
             file.truncate(0)
@@ -77,7 +94,7 @@ class Home:
             yield
 
     def claimed(self) -> bool:
-        """Whether a `chorus run` works here now."""
+        """Whether a `chorus run` or `chorus serve` works here now."""
         try:
             with self.run_lock.open() as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,29 +1,29 @@
-"""`ps`, `status`, `logs`, `cancel`: the store read and written, whether or not a run is at work."""
+"""`ps`, `status`, `logs`: the store read, whether or not anybody works."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from rich.console import Console
 
-from orchestrator.commands.home import Home, HomeBusy
+from orchestrator.commands.home import Home
 from orchestrator.commands.outcome import outcome
 from orchestrator.commands.outcome_table import show_outcome
 from orchestrator.commands.output import Format, duration, emit, figure, grid, moment
 from orchestrator.commands.parts import Parts
-from orchestrator.commands.progress import why
+from orchestrator.commands.queue_view import Queue, seconds_left
 from orchestrator.commands.run import exit_code
 from orchestrator.commands.views import event_view, job_view, metric_view, run_view, steps_view
-from orchestrator.job import Reason
 from orchestrator.store.rows import JobRow
 from orchestrator.store.store import NoSuchJob, Store
 
 FOLLOW_SECONDS = 0.5
-JOB_COLUMNS = ("job", "kind", "status", "step", "loss", "time", "why")
+JOB_COLUMNS = (*("job", "team", "status", "#", "host", "step", "loss", "tokens/s", "time", "left", "why"),)
+FIGURES = ("#", "step", "loss", "tokens/s", "time", "left")
 
 
 # ---- finding --------------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ JOB_COLUMNS = ("job", "kind", "status", "step", "loss", "time", "why")
 
 def open_store(parts: Parts, home: Home, stack: ExitStack) -> Store:
     """The store of a home. Raises NoSuchJob if nothing was ever submitted there, and makes nothing."""
-    if not home.database.is_file():
+    if not home.has_store:
         raise NoSuchJob(f"nothing was submitted in {home.folder} yet; `chorus run FILE` does that")
     return stack.enter_context(parts.store(home))
 
@@ -68,36 +68,57 @@ def find_job(store: Store, reference: str) -> JobRow:
 def ps(parts: Parts, home: Home, everything: bool, format: Format) -> None:
     """Jobs that are not finished and those of the newest run, or all."""
     with ExitStack() as stack:
-        store = open_store(parts, home, stack) if home.database.is_file() else None
-        jobs = _shown(store, everything) if store else ()
-        emit([job_view(job) for job in jobs], format, lambda out: _print_jobs(out, jobs, home))
+        store = open_store(parts, home, stack) if home.has_store else None
+        jobs = _views(store, _shown(store, everything)) if store else []
+        emit(jobs, format, lambda out: _print_jobs(out, jobs, home))
 
 
 def _shown(store: Store, everything: bool) -> tuple[JobRow, ...]:
-    newest = next((run.id for run in store.runs()), None)
-    return tuple(job for job in store.jobs() if everything or not job.status.finished or job.run == newest)
+    if everything:
+        return store.jobs()
+    newest = store.newest_run()
+    found = {job.id: job for job in (*store.unfinished_jobs(), *(store.jobs(newest.id) if newest else ()))}
+    return tuple(sorted(found.values(), key=lambda job: job.submitted_at))
 
 
-def _print_jobs(out: Console, jobs: Sequence[JobRow], home: Home) -> None:
+def _views(store: Store, jobs: Iterable[JobRow]) -> list[dict[str, Any]]:
+    """What only the store as a whole tells of a job goes beside what its row does."""
+    queue = Queue.read(store)
+    return [
+        {**job_view(job), "position": queue.position(job), "seconds_left": seconds_left(store, job)}
+        for job in jobs
+    ]
+
+
+def _print_jobs(out: Console, jobs: Sequence[dict[str, Any]], home: Home) -> None:
     if not jobs:
         out.print(f"no jobs in {home.folder}; `chorus run FILE` submits some", soft_wrap=True)
         return
-    out.print(grid(JOB_COLUMNS, [_cells(job) for job in jobs], right=("step", "loss", "time")))
-    if any(not job.status.finished for job in jobs) and not home.claimed():
+    out.print(grid(JOB_COLUMNS, [_cells(job) for job in jobs], right=FIGURES))
+    if any(job["finished_at"] is None for job in jobs) and not home.claimed():
         out.print(
-            "no `chorus run` is at work here; the same `chorus run FILE` goes on with what is unfinished"
+            "nobody works here; `chorus serve`, or the same `chorus run FILE`, goes on with the unfinished",
+            soft_wrap=True,
         )
 
 
-def _cells(job: JobRow) -> tuple[str, ...]:
-    steps = f"{job.step}/{job.num_steps}" if job.num_steps else ""
-    return (job.id, job.kind, job.status, steps, figure(job.loss), duration(_running_time(job)), why(job))
+def _cells(job: Mapping[str, Any]) -> tuple[str, ...]:
+    training = job["status"] == "RUNNING" and job["seconds_left"] is not None
+    return (
+        *(job["id"], job["team"], job["status"], str(job["position"] or ""), job["host"] or ""),
+        f"{job['step']}/{job['num_steps']}" if job["num_steps"] else "",
+        figure(job["loss"]),
+        f"{job['tokens_per_second']:,.0f}" if training and job["tokens_per_second"] else "",
+        duration(_running_time(job)),
+        duration(job["seconds_left"]),
+        f"{job['reason_words']}: {job['message']}" if job["message"] else job["reason_words"],
+    )
 
 
-def _running_time(job: JobRow) -> float | None:
-    if job.started_at is None:
+def _running_time(job: Mapping[str, Any]) -> float | None:
+    if job["started_at"] is None:
         return None
-    return (job.finished_at or time.time()) - job.started_at
+    return (job["finished_at"] or time.time()) - job["started_at"]
 
 
 def status(parts: Parts, home: Home, reference: str, format: Format) -> int:
@@ -115,10 +136,11 @@ def status(parts: Parts, home: Home, reference: str, format: Format) -> int:
 def _one_job(store: Store, job: JobRow, format: Format) -> None:
     steps = steps_view(job, store.finished_steps())
     events = [event_view(event) for event in store.events(job.id)]
-    value = {**job_view(job), "steps": steps, "events": events}
+    (view,) = _views(store, [job])
+    value = {**view, "steps": steps, "events": events}
 
     def table(out: Console) -> None:
-        out.print(grid(JOB_COLUMNS, [_cells(job)], right=("step", "loss", "time")))
+        out.print(grid(JOB_COLUMNS, [_cells(view)], right=FIGURES))
         out.print()
         out.print(grid(("step", "done"), [(step["words"], "yes" if step["done"] else "") for step in steps]))
         out.print()
@@ -130,11 +152,12 @@ def _one_job(store: Store, job: JobRow, format: Format) -> None:
 def _one_run(store: Store, jobs: Sequence[JobRow], home: Home, format: Format) -> None:
     run = store.run(jobs[0].run)
     found = outcome(store, jobs)
-    value = {**run_view(run), "jobs": [job_view(job) for job in jobs], "outcome": found.to_json()}
+    views = _views(store, jobs)
+    value = {**run_view(run), "jobs": views, "outcome": found.to_json()}
 
     def table(out: Console) -> None:
         out.print(f"{run.id} {run.status}, submitted {moment(run.submitted_at)}")
-        _print_jobs(out, jobs, home)
+        _print_jobs(out, views, home)
         show_outcome(out, jobs, found, home)
 
     emit(value, format, table)
@@ -195,34 +218,3 @@ def _step_words(line: dict[str, Any]) -> str:
     figures = [f"{name} {figure(line[name])}" for name in names if line[name] is not None]
     skipped = " (left out: its gradient was not finite)" if line["skipped"] else ""
     return f"step {line['step']} {', '.join(figures)}{skipped}"
-
-
-# ---- cancel ---------------------------------------------------------------------------------------------
-
-
-def cancel(parts: Parts, home: Home, reference: str, out: Console) -> None:
-    """Cancel a job, or all jobs of a run. A run at work is asked to; without one it is done here."""
-    with ExitStack() as stack:
-        store = open_store(parts, home, stack)
-        jobs = [job for job in find_jobs(store, reference) if not job.status.finished]
-        if not jobs:
-            out.print(f"{reference} has finished already")
-            return
-        try:
-            stack.enter_context(home.claim())
-        except HomeBusy:
-            for job in jobs:
-                store.request_cancel(job.id)
-            out.print(f"asked the run at work to cancel {', '.join(job.id for job in jobs)}", soft_wrap=True)
-            return
-        for job in reversed(jobs):
-            _cancel_here(store, job)
-        out.print(f"cancelled {', '.join(job.id for job in jobs)}", soft_wrap=True)
-
-
-def _cancel_here(store: Store, job: JobRow) -> None:
-    """Nobody else writes now. Jobs that depend on this one can no longer succeed."""
-    store.switch_status(job.id, Reason.CANCELLED_BY_USER, "by user", who="user")
-    for other in store.unfinished_jobs(job.run):
-        if job.id in other.depends_on:
-            store.switch_status(other.id, Reason.PARENT_FAILED, job.id, who="user")

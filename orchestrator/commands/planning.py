@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.contracts import NoSuchVersion, Registry
+from orchestrator.control.submission import read_order
 from orchestrator.plan.steps import Plan, ReleaseWhat
 from orchestrator.recipe.pipeline import LoadedPipeline
+from orchestrator.store.rows import JobRow
 from orchestrator.store.store import Store
 from workers.types import BadInput
 
@@ -48,6 +50,12 @@ def releases(plan: Plan) -> dict[str, Path]:
     }
 
 
+def releases_of(jobs: Iterable[JobRow]) -> tuple[Path, ...]:
+    """The folders that the releases of submitted jobs write."""
+    whats = [step.what for job in jobs for step in read_order(job.plan).job.steps]
+    return tuple(Path(what.out) for what in whats if isinstance(what, ReleaseWhat))
+
+
 def forget_lost_releases(store: Store, plan: Plan) -> None:
     """A release whose folder was removed is to be written again; the store would take it for done."""
     done = store.finished_steps(set(releases(plan)))
@@ -61,7 +69,7 @@ def refuse_taken_releases(store: Store, plan: Plan) -> None:
 
     A run that is gone on with may have written its folder just before it was killed: the export looks then.
     """
-    begun = any(run.key == plan.key and not run.status.finished for run in store.runs())
+    begun = any(not run.status.finished for run in store.runs_of_key(plan.key))
     done = store.finished_steps(set(releases(plan)))
     for step, folder in releases(plan).items():
         if folder.exists() and step not in done and not begun:
@@ -73,6 +81,6 @@ def refuse_taken_releases(store: Store, plan: Plan) -> None:
 
 def all_done(store: Store, plan: Plan) -> bool:
     """Whether the last run of this plan has succeeded and nothing of it is to be done again."""
-    last = next((run for run in store.runs() if run.key == plan.key), None)
+    last = next(iter(store.runs_of_key(plan.key)), None)
     finished: Mapping[str, object] = store.finished_steps(set(plan.steps))
     return last is not None and last.status == "SUCCEEDED" and finished.keys() == plan.steps.keys()

@@ -103,7 +103,7 @@ def plan(parts: Parts, home: Home, file: Path, format: Format) -> None:
 
 
 def _done(parts: Parts, home: Home, planned: Plan) -> set[str]:
-    if not home.database.is_file():
+    if not home.has_store:
         return set()
     with parts.store(home) as store:
         return set(store.finished_steps(set(planned.steps)))

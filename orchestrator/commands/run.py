@@ -1,48 +1,42 @@
-"""`chorus run`: from a recipe file to finished jobs, watched, interrupted and taken up again."""
+"""`chorus run`: from a recipe file to finished jobs, watched, interrupted and taken up again.
+
+Where another command works in the home already, it works on these jobs too, and this one watches; if that one
+ends first, this one takes over.
+"""
 
 from __future__ import annotations
 
-import logging
-import signal
+import os
 import subprocess
 import sys
-from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 
 from orchestrator.commands import errors
-from orchestrator.commands.home import Home
+from orchestrator.commands.home import Home, HomeBusy
 from orchestrator.commands.leftovers import remove_unpublished
 from orchestrator.commands.live_table import watching
 from orchestrator.commands.outcome import outcome
 from orchestrator.commands.outcome_table import show_outcome
 from orchestrator.commands.output import console
 from orchestrator.commands.parts import ClusterChoice, Parts
-from orchestrator.commands.planning import (
-    adapter_digests,
-    all_done,
-    forget_lost_releases,
-    one_rank,
-    refuse_taken_releases,
-    releases,
-)
+from orchestrator.commands.planning import releases
 from orchestrator.commands.progress import RunProgress, why
-from orchestrator.contracts import Cluster
-from orchestrator.control.controller import Controller
-from orchestrator.control.submission import new_run, read_order
-from orchestrator.disk import is_full, room
+from orchestrator.commands.submit import Submitted, plan_of, put, told_of_a_full_disk
+from orchestrator.commands.working import work
+from orchestrator.control.submission import read_order
 from orchestrator.job import Reason, Status
-from orchestrator.plan.plan import make_plan
-from orchestrator.plan.steps import Plan
-from orchestrator.recipe.pipeline import LoadedPipeline, load_pipeline
+from orchestrator.recipe.pipeline import load_pipeline
 from orchestrator.store.rows import JobRow
 from orchestrator.store.store import Store
 from workers.types import BadInput
+
+LOOK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -56,59 +50,26 @@ class RunOptions:
 
 
 def run(parts: Parts, options: RunOptions) -> int:
-    """Submit the file and work until its jobs have finished; the exit code.
+    """Submit the file and work, or watch, until its jobs have finished; the exit code.
 
     A run that is unfinished is gone on with, one that is done is not done again. Raises BadInput before
-    anything is made, HomeBusy while another works in this home.
+    anything is made.
     """
     pipeline = load_pipeline(options.file)
     out = console()
     for notice in pipeline.notices:
         out.print(f"note: {notice}", soft_wrap=True)
-    with ExitStack() as stack:
-        stack.enter_context(_told_of_a_full_disk(options))
-        stack.enter_context(options.home.claim())
+    with told_of_a_full_disk(options.home, _same_again(options)), ExitStack() as stack:
         store = stack.enter_context(parts.store(options.home))
-        plan, digests = _plan(parts, options, pipeline, stack)
-        forget_lost_releases(store, plan)
-        if all_done(store, plan):
-            last = next(run.id for run in store.runs() if run.key == plan.key)
+        plan, digests = plan_of(parts, options.home, pipeline, stack, options.cluster.local)
+        submitted = put(store, plan, digests)
+        if submitted.nothing_to_do:
             out.print(f"nothing to do: every step of {plan.name} is done")
-            return _conclude(store, last, options, out)
-        refuse_taken_releases(store, plan)
-        run_id = store.submit(new_run(plan, digests))
-        jobs = store.jobs(run_id)
-        _check_ranks(jobs, options)
+            return _conclude(store, submitted.run, options, out)
+        _check_ranks(submitted.jobs, options)
         if options.follow:
-            remove_unpublished(options.home.folder, releases(plan).values())
-            return _work(parts, options, store, run_id, out)
-    return _leave_to_background(options, run_id, out)
-
-
-@contextmanager
-def _told_of_a_full_disk(options: RunOptions) -> Generator[None]:
-    """Raises DiskFull for what says so less well: SQLite names no folder, and nobody what is free."""
-    try:
-        yield
-    except Exception as error:
-        if not is_full(error):
-            raise
-        where = Path(getattr(error, "filename", None) or options.home.folder)
-        raise errors.DiskFull(
-            f"the disk takes no more: {room(where)}; what is done is kept: free some space and go on with "
-            f"`{_same_again(options)}`"
-        ) from error
-
-
-def _plan(
-    parts: Parts, options: RunOptions, pipeline: LoadedPipeline, stack: ExitStack
-) -> tuple[Plan, dict[str, str]]:
-    """The registry is asked only for the adapters that the file names, and kept until the command ends."""
-    digests: dict[str, str] = {}
-    if pipeline.external_adapters:
-        digests = adapter_digests(stack.enter_context(parts.registry(options.home)), pipeline)
-    plan = make_plan(pipeline, digests)
-    return (one_rank(plan) if options.cluster.local else plan), digests
+            return _to_the_end(parts, options, store, submitted, out)
+    return _leave_to_background(options, submitted.run, out)
 
 
 def _check_ranks(jobs: Sequence[JobRow], options: RunOptions) -> None:
@@ -122,41 +83,46 @@ def _check_ranks(jobs: Sequence[JobRow], options: RunOptions) -> None:
         )
 
 
-# ---- working --------------------------------------------------------------------------------------------
+# ---- working and watching -------------------------------------------------------------------------------
 
 
-def _work(parts: Parts, options: RunOptions, store: Store, run_id: str, out: Console) -> int:
-    home = options.home
-    jobs = ", ".join(job.name for job in store.jobs(run_id))
-    out.print(f"{run_id}: {jobs}; in {home.folder}", soft_wrap=True)
+def _to_the_end(parts: Parts, options: RunOptions, store: Store, submitted: Submitted, out: Console) -> int:
+    run, home = submitted.run, options.home
+    jobs = ", ".join(job.name for job in submitted.jobs)
+    out.print(f"{run}: {jobs}; in {home.folder}", soft_wrap=True)
     try:
-        with _log_to(home.log), _terminated_like_interrupted(), ExitStack() as stack:
-            out.print("starting the MLflow server and the cluster")
-            cluster = stack.enter_context(_beside_the_server(parts, options))
-            registry = stack.enter_context(parts.registry(home))
-            controller = Controller(store, cluster, registry, home.folder, run_id)
-            tick = stack.enter_context(watching(RunProgress(store, run_id), out))
-            controller.run(on_tick=tick)
+        while store.unfinished_jobs(run):
+            try:
+                with home.claim():
+                    remove_unpublished(home.folder, releases(submitted.plan).values())
+                    _work(parts, options, store, run, out)
+            except HomeBusy:
+                _watch(store, run, home, out)
     except KeyboardInterrupt:
-        if not store.unfinished_jobs(run_id):
-            return _conclude(store, run_id, options, out)
-        out.print(f"stopped; what is done is kept. To go on: {_same_again(options)}", soft_wrap=True)
-        return errors.INTERRUPTED
-    return _conclude(store, run_id, options, out)
+        if store.unfinished_jobs(run):
+            out.print(f"stopped; what is done is kept. To go on: {_same_again(options)}", soft_wrap=True)
+            return errors.INTERRUPTED
+    return _conclude(store, run, options, out)
 
 
-@contextmanager
-def _beside_the_server(parts: Parts, options: RunOptions) -> Generator[Cluster]:
-    """The cluster, with the registry's server started meanwhile: each takes seconds.
+def _work(parts: Parts, options: RunOptions, store: Store, run: str, out: Console) -> None:
+    """Be the controller, of the whole queue, until this run has finished.
 
-    Ray wants the thread that lives on, so the server has the other one. An error of either ends both.
+    Without Ray a host has one rank: others' jobs may want more, and are left to who comes next.
     """
-    with ExitStack() as stack:
-        with ThreadPoolExecutor(1) as pool:
-            server = pool.submit(stack.enter_context, parts.server(options.home))
-            cluster = stack.enter_context(parts.cluster(options.home, options.cluster))
-            server.result()
-        yield cluster
+    out.print("starting the MLflow server and the cluster")
+    only = run if options.cluster.local else None
+    with watching(RunProgress(store, run), out) as tick:
+        work(parts, options.home, store, options.cluster, tick, only=only, until=run)
+
+
+def _watch(store: Store, run: str, home: Home, out: Console) -> None:
+    """Until the run has finished, or nobody works in the home any more."""
+    out.print("another command works here and does these jobs too; watching", soft_wrap=True)
+    with watching(RunProgress(store, run), out) as tick:
+        while home.claimed() and store.unfinished_jobs(run):
+            tick()
+            time.sleep(LOOK_SECONDS)
 
 
 def _conclude(store: Store, run_id: str, options: RunOptions, out: Console) -> int:
@@ -178,43 +144,6 @@ def exit_code(jobs: Sequence[JobRow]) -> int:
     return errors.CANCELLED if Status.CANCELLED in statuses else errors.OK
 
 
-@contextmanager
-def _log_to(file: Path) -> Generator[None]:
-    """Send what is logged to the home's log: on the screen it would break the table."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handler = _QuietFile(file, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    before = root.handlers[:]
-    root.handlers[:] = [handler]
-    try:
-        yield
-    finally:
-        root.handlers[:] = before
-        handler.close()
-
-
-class _QuietFile(logging.FileHandler):
-    """A log on a full disk loses lines; it must not print tracebacks between those of the run."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        pass
-
-
-@contextmanager
-def _terminated_like_interrupted() -> Generator[None]:
-    """SIGTERM ends the run as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(_signal: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 # ---- in the background ----------------------------------------------------------------------------------
 
 
@@ -226,7 +155,12 @@ def _leave_to_background(options: RunOptions, run_id: str, out: Console) -> int:
     command += ["--home", str(options.home.folder)]
     with log.open("ab") as file:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            env={**os.environ, **options.home.environment},
         )
     out.print(
         f"{run_id} runs in the background (process {process.pid}); its words go to {log}", soft_wrap=True

@@ -10,6 +10,8 @@ from orchestrator.control.submission import read_order
 from orchestrator.job import REASONS
 from orchestrator.store.rows import EventRow, JobRow, MetricRow, RunRow
 
+DEFAULT_TEAM = "default"
+"""Of jobs whose recipe names none."""
 STAGES = {
     "evaluate_base": "scores the base",
     "train": "trains",
@@ -35,6 +37,7 @@ def job_view(job: JobRow) -> dict[str, Any]:
     return {
         **values,
         "task": planned.task,
+        "team": planned.team or DEFAULT_TEAM,
         "reason_words": REASONS[job.reason].words,
         "depends_on": list(job.depends_on),
     }
@@ -56,6 +59,7 @@ def event_view(event: EventRow) -> dict[str, Any]:
     return {
         "at": event.at,
         "type": "status",
+        "from": event.before.value if event.before else None,
         "status": event.after.value,
         "reason": event.reason.value,
         "reason_words": REASONS[event.reason].words,

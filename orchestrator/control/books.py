@@ -70,9 +70,9 @@ class Books:
             "poison": poison,
         }
 
-    def write(self, now: float) -> None:
+    def write(self, now: float, *, at_once: bool = False) -> None:
         """Keep the books in the store if that is due."""
-        if self._written is None or abs(now - self._written) >= WRITE_SECONDS:
+        if at_once or self._written is None or abs(now - self._written) >= WRITE_SECONDS:
             self.store.write(self.value())
             self._written = now
 
@@ -117,11 +117,8 @@ class Books:
     # ---- waits, preemptions, deaths ----------------------------------------------------------------------
 
     def waits(self, jobs: set[str], now: float) -> None:
-        """These wait for the scheduler now, and no others."""
+        """These wait for a place now, and no others."""
         self.waiting_since = {job: self.waiting_since.get(job, now) for job in jobs}
-
-    def preempted(self, job: str, now: float) -> None:
-        self.preempted_at[job] = now
 
     def died(self, reached: Mapping[str, int]) -> str | None:
         """A host has died under these jobs; the culprit, if that shows who it is."""

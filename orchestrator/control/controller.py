@@ -21,20 +21,24 @@ from orchestrator.control.curve_export import Backoff, CurveExport
 from orchestrator.control.host_events import hear
 from orchestrator.control.ledger import LostFolder
 from orchestrator.control.registration import GateFailed, Registration
+from orchestrator.control.requests import grant
+from orchestrator.control.show import Board
 from orchestrator.control.steps import Steps
 from orchestrator.control.work import Work
 from orchestrator.disk import is_full, scarce
 from orchestrator.job import Reason, Status
 from orchestrator.placement import NewHost
 from orchestrator.policy import Policy
-from orchestrator.queue import Waiting
+from orchestrator.queue import Waiting, parents_verdict
 from orchestrator.recipe.teams import PolicyFile
 from orchestrator.scheduler import Decision, schedule
+from orchestrator.store.engine import StoreUnreachable
 from orchestrator.store.rows import JobRow
 from orchestrator.store.store import Store
 from workers.types import BadInput
 
 TICK_SECONDS = 0.1
+LET_GO_SECONDS = 30.0
 TOO_LARGE_PATIENCE = 30.0
 """Seconds a job that needs more ranks than the cluster shows stays queued: a node may be just coming up."""
 
@@ -60,6 +64,7 @@ class Controller:
         self._curves = CurveExport(store, registry, self._backoff, clock)
         self._steps = Steps(work, Registration(registry, work.ledger, self._curves, home), self._backoff)
         self._policy = PolicyFile(home / "teams.yaml")
+        self._board = Board(work)
         self._redone: set[str] = set()
         self._too_large_since: dict[str, float] = {}
 
@@ -67,15 +72,40 @@ class Controller:
         self,
         on_tick: Callable[[], None] = lambda: None,
         wait: Callable[[float], None] = time.sleep,
+        until: str | None = None,
+        forever: bool = False,
     ) -> None:
-        """Until every job has finished. Raises ClusterUnreachable; what is done so far stays done."""
+        """Until every job, or every one of run `until`, has finished and left its host; or `forever`.
+
+        Raises ClusterUnreachable, StoreUnreachable; what is done so far stays done.
+        """
         self.recover()
         try:
-            while self.tick():
+            while self.tick() or forever:
+                if until is not None and not self._at_work(until):
+                    self._let_go(wait)
+                    break
                 on_tick()
                 wait(TICK_SECONDS)
         finally:
             self.close()
+
+    def _let_go(self, wait: Callable[[float], None]) -> None:
+        """Jobs of other runs save what they have, for whoever works next."""
+        work, deadline = self._work, self._work.clock() + LET_GO_SECONDS
+        for job in [job for job in work.jobs.values() if job.status is not Status.WAITING]:
+            work.switch(job.id, Reason.INTERRUPTED)
+        while any(host.residents for host in work.fleet.hosts) and work.clock() < deadline:
+            for host in work.fleet.hosts:
+                hear(work, host)
+            wait(TICK_SECONDS)
+
+    def _at_work(self, run: str) -> bool:
+        """Whether a job of that run is unfinished or still seated."""
+        seated = {job for host in self._work.fleet.hosts for job in host.seated}
+        return any(job.run == run for job in self._work.jobs.values()) or any(
+            self._work.run_of(job) == run for job in seated
+        )
 
     def recover(self) -> None:
         """Queue again what a controller that was killed left under way. Call once, before the first tick."""
@@ -85,12 +115,18 @@ class Controller:
         """One round; False when every job has finished and has left its host."""
         work = self._work
         work.refresh(self._run)
-        self._cancel_requested()
+        self._heed_requests()
         self._stop_overdue()
         for host in work.fleet.hosts:
             hear(work, host)
         self._steps.hear_tasks(self._guard)
-        self._act(self._decide(self._advance()))
+        waiting = self._advance()
+        policy = self._policy.read()
+        self._keep_books(waiting, policy)
+        snapshot = picture.snapshot(work, policy, waiting)
+        decision = schedule(snapshot)
+        self._act(decision, {job.job: job for job in waiting})
+        self._board.show(snapshot, decision)
         self._curves.tick([work.order(job) for job in work.jobs])
         self._end_runs()
         return bool(work.jobs) or any(host.residents for host in work.fleet.hosts)
@@ -99,6 +135,7 @@ class Controller:
         """Stop the hosts, queue what was under way, and export what can still be exported."""
         self._work.fleet.stop_all()
         self._requeue(Reason.INTERRUPTED)
+        self._board.clear()
         self._curves.close([self._work.order(job) for job in self._work.jobs])
 
     def _requeue(self, reason: Reason) -> None:
@@ -108,10 +145,10 @@ class Controller:
 
     # ---- moving on -------------------------------------------------------------------------------------
 
-    def _cancel_requested(self) -> None:
+    def _heed_requests(self) -> None:
         for request in self._work.store.open_requests():
             if request.job in self._work.jobs:
-                self._work.switch(request.job, Reason.CANCELLED_BY_USER, f"by {request.who}", who=request.who)
+                grant(self._work, request)
             elif not self._work.store.job(request.job).status.finished:
                 continue
             self._work.store.close_request(request.id)
@@ -139,29 +176,17 @@ class Controller:
                 self._curves.end(self._work.order(job.id), status)
         self._work.ended.clear()
 
-    # ---- deciding --------------------------------------------------------------------------------------
-
-    def _decide(self, waiting: list[Waiting]) -> tuple[Decision, Mapping[str, Waiting]]:
-        work, policy = self._work, self._policy.read()
-        self._keep_books(waiting, policy)
-        snapshot = picture.snapshot(work, work.books, policy, waiting)
-        return schedule(snapshot), {job.job: job for job in waiting}
-
     def _keep_books(self, waiting: list[Waiting], policy: Policy) -> None:
         work, now = self._work, self._work.clock()
         work.books.keep_only(work.jobs)
-        work.books.waits({job.job for job in waiting}, now)
+        work.books.waits({job.job for job in waiting if parents_verdict(job) is None}, now)
         work.books.charge(work.fleet.hosts, picture.teams_aboard(work), now, policy.half_life)
         work.books.write(now)
 
     # ---- acting ----------------------------------------------------------------------------------------
 
-    def _act(self, decided: tuple[Decision, Mapping[str, Waiting]]) -> None:
-        decision, asked = decided
-        for victim, taker in decision.preempt.items():
-            if victim in self._work.jobs:
-                self._work.books.preempted(victim, self._work.clock())
-                self._work.switch(victim, Reason.PREEMPTED, f"for {taker}")
+    def _act(self, decision: Decision, asked: Mapping[str, Waiting]) -> None:
+        self._preempt(decision.preempt)
         for name in decision.close_hosts:
             self._work.drop_flights(self._work.fleet.stop(name))
         for new in decision.start_hosts:
@@ -178,6 +203,17 @@ class Controller:
             self._begin(job, None, "needs no host any more")
         for job, reason in decision.refusals.items():
             self._refuse(self._work.jobs[job], reason, asked[job])
+
+    def _preempt(self, victims: Mapping[str, str]) -> None:
+        """Pause them. On record first: a controller killed in between must know that they are spared now."""
+        work, now = self._work, self._work.clock()
+        for victim in victims:
+            work.books.preempted_at[victim] = now
+        if victims:
+            work.books.write(now, at_once=True)
+        for victim, taker in victims.items():
+            if victim in work.jobs:
+                work.switch(victim, Reason.PREEMPTED, f"for {taker}")
 
     def _open(self, new: NewHost, jobs: list[str]) -> None:
         """Start a host for the jobs placed on it; they fail if the cluster can never hold one."""
@@ -217,7 +253,7 @@ class Controller:
         """One job's failure is its own: it gets a status and a reason, and the loop goes on."""
         try:
             yield
-        except (SQLAlchemyError, ClusterUnreachable):
+        except (SQLAlchemyError, StoreUnreachable, ClusterUnreachable):
             raise
         except RegistryUnreachable as error:
             self._backoff.failed()

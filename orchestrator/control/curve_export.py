@@ -64,7 +64,9 @@ class CurveExport:
             return
         self._next = self._clock() + EXPORT_EVERY
         try:
-            spoke = [self._end_runs(), *(self.flush(order) for order in orders)]
+            pending = self._store.curves.pending()
+            late = [order for order in orders if order.series in pending]
+            spoke = [self._end_runs(), *(self.flush(order) for order in late)]
             if any(spoke):
                 self._backoff.worked()
         except RegistryUnreachable:

@@ -15,7 +15,7 @@ from orchestrator.job import Reason, Status
 from orchestrator.plan.steps import EvaluateWhat
 from orchestrator.poison import SOLO_DEATHS
 from orchestrator.store.curves import finite
-from orchestrator.store.rows import Progress
+from orchestrator.store.rows import Progress, Report
 from workers.manifest import CorruptFolder
 from workers.types import (
     Attached,
@@ -78,29 +78,37 @@ def _hear(work: Work, host: Host, event: Event) -> None:
 
 
 def _write_curves(work: Work, events: Sequence[Event]) -> None:
-    """One transaction a job for all its points, then its progress; a job may attach and step in one poll."""
-    points: dict[str, list[StepDone | Validated]] = {}
+    """One transaction for all that one poll has brought; a job may attach and step in one poll."""
+    told: dict[tuple[str, int], list[Attached | StepDone | Validated]] = {}
     for event in events:
-        if isinstance(event, Attached) and work.present(event.job, event.attempt):
-            work.store.write_progress(event.job, event.attempt, Progress(event.step, event.num_steps))
-        if isinstance(event, StepDone | Validated) and work.present(event.job, event.attempt):
-            points.setdefault(event.job, []).append(event)
-    for job, found in points.items():
-        work.store.curves.write(work.order(job).series, found, work.clock())
-        steps = [point for point in found if isinstance(point, StepDone)]
-        if steps:
-            work.store.write_progress(job, steps[-1].attempt, _progress(steps[-1]))
+        if isinstance(event, Attached | StepDone | Validated) and work.present(event.job, event.attempt):
+            told.setdefault((event.job, event.attempt), []).append(event)
+    reports = [_report(work, job, attempt, found) for (job, attempt), found in told.items()]
+    if reports:
+        work.store.write_reports(reports)
+        work.note_progress(reports)
 
 
-def _progress(step: StepDone) -> Progress:
-    speed = step.tokens / step.seconds if step.seconds > 0 else None
-    return Progress(step.step, loss=finite(step.loss), tokens_per_second=speed)
+def _report(work: Work, job: str, attempt: int, found: Sequence[Attached | StepDone | Validated]) -> Report:
+    points = tuple(event for event in found if not isinstance(event, Attached))
+    return Report(job, attempt, work.order(job).series, points, _progress(found))
+
+
+def _progress(found: Sequence[Attached | StepDone | Validated]) -> Progress | None:
+    """The newest of what a job has told in one poll."""
+    attached = next((event for event in reversed(found) if isinstance(event, Attached)), None)
+    last = next((event for event in reversed(found) if isinstance(event, StepDone)), None)
+    num_steps = attached.num_steps if attached else None
+    if last is None:
+        return Progress(attached.step, num_steps) if attached else None
+    speed = last.tokens / last.seconds if last.seconds > 0 else None
+    return Progress(last.step, num_steps, finite(last.loss), speed)
 
 
 def _attached(work: Work, event: Attached) -> None:
     job = work.present(event.job, event.attempt)
     if job is not None and job.status is Status.STARTING:
-        work.switch(event.job, Reason.ATTACHED)
+        work.switch(event.job, Reason.ATTACHED, attempt=event.attempt)
 
 
 def _ran_out(event: OutOfMemory) -> None:
@@ -116,7 +124,8 @@ def _ran_out(event: OutOfMemory) -> None:
 def _training_finished(work: Work, host: Host, event: TrainingFinished) -> None:
     """The adapter is there, even if its job was cancelled meanwhile; the job stays to be scored."""
     flight = work.drop_training(event.job, event.attempt)
-    if work.present(event.job, event.attempt):
+    job = work.present(event.job, event.attempt)
+    if job is not None and job.status is not Status.WAITING:
         host.visitors.add(event.job)
     if flight is None:
         return
@@ -124,7 +133,7 @@ def _training_finished(work: Work, host: Host, event: TrainingFinished) -> None:
         work.ledger.finish(flight.step.id, "train", event.job, work.ledger.training_result(event))
     except CorruptFolder as error:
         if work.present(event.job, event.attempt):
-            work.switch(event.job, Reason.INTERNAL_ERROR, str(error))
+            work.switch(event.job, Reason.INTERNAL_ERROR, str(error), attempt=event.attempt)
 
 
 def _job_stopped(work: Work, event: JobStopped) -> None:
@@ -133,9 +142,10 @@ def _job_stopped(work: Work, event: JobStopped) -> None:
         return
     words = f"after step {event.step}: {event.message}"
     if event.code == "disk_full":
-        work.disk_full(event.job, work.ledger.checkpoint_dir(work.order(event.job).series), words)
+        folder = work.ledger.checkpoint_dir(work.order(event.job).series)
+        work.disk_full(event.job, folder, words, event.attempt)
     else:
-        work.switch(event.job, Reason(event.code), words)
+        work.switch(event.job, Reason(event.code), words, attempt=event.attempt)
 
 
 def _evaluation_ended(work: Work, host: Host, event: EvaluationDone | EvaluationFailed) -> None:
@@ -148,7 +158,8 @@ def _evaluation_ended(work: Work, host: Host, event: EvaluationDone | Evaluation
         work.host_failures.pop(host.base, None)
         work.ledger.finish(flight.step.id, flight.step.kind, flight.job, evaluation_result(what, event))
     elif work.present(flight.job, flight.attempt):
-        work.switch(flight.job, Reason.BAD_DATA, f"scoring {what.task}: {event.message}")
+        words = f"scoring {what.task}: {event.message}"
+        work.switch(flight.job, Reason.BAD_DATA, words, attempt=flight.attempt)
 
 
 def lose(work: Work, host: Host, message: str) -> None:
@@ -172,6 +183,7 @@ def lose(work: Work, host: Host, message: str) -> None:
 def _inquire(work: Work, reached: dict[str, int], message: str) -> None:
     """Ask whether one of those aboard is what its hosts die of."""
     culprit = work.books.died(reached)
+    work.books.write(work.clock(), at_once=True)
     if culprit is not None:
         words = f"{SOLO_DEATHS} hosts died with it alone aboard, after step {reached[culprit]}: {message}"
         work.switch(culprit, Reason.QUARANTINED, words)

@@ -39,16 +39,16 @@ class Ledger:
     def __init__(self, store: Store, home: Path) -> None:
         self._store = store
         self._home = home
-        self._known: set[str] = set()
         self._results: dict[str, Mapping[str, Any]] = {}
 
     def learn(self, order: Order) -> None:
-        """Read from the store what is finished of a job's steps, once."""
-        fresh = {step.id for step in order.job.steps} - self._known
-        if fresh:
-            rows = self._store.finished_steps(fresh)
-            self._results |= {step: row.result for step, row in rows.items()}
-            self._known |= fresh
+        """Read from the store what is finished of a job's steps. Once a job: who submitted it may have
+        forgotten a step that was known to be done, as what it made is gone."""
+        steps = {step.id for step in order.job.steps}
+        rows = self._store.finished_steps(steps)
+        for step in steps - rows.keys():
+            self._results.pop(step, None)
+        self._results |= {step: row.result for step, row in rows.items()}
 
     def remaining(self, order: Order) -> tuple[Step, ...]:
         return tuple(step for step in order.job.steps if step.id not in self._results)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from orchestrator.control.books import Books
 from orchestrator.control.fleet import Host
 from orchestrator.control.submission import NEEDS
@@ -13,12 +15,12 @@ from orchestrator.queue import Need, Waiting
 from orchestrator.scheduler import Snapshot
 
 
-def snapshot(work: Work, books: Books, policy: Policy, waiting: list[Waiting]) -> Snapshot:
-    now = work.clock()
+def snapshot(work: Work, policy: Policy, waiting: list[Waiting]) -> Snapshot:
+    books, now = work.books, work.clock()
     return Snapshot(
         capacity=work.cluster.capacity(),
         hosts=tuple(_view(work, books, host, now) for host in work.fleet.hosts),
-        waiting=tuple(waiting),
+        waiting=tuple(replace(job, waiting_since=books.waiting_since.get(job.job, now)) for job in waiting),
         running_tasks=sum(flight.host is None for flight in work.flights.values()),
         bases_to_come=_bases_to_come(work),
         next_host=work.fleet.next_number,

@@ -58,6 +58,8 @@ class Steps:
         return None
 
     def _ask(self, job: JobRow, order: Order, remaining: tuple[Step, ...]) -> Waiting | None:
+        if job.reason is Reason.PAUSED_BY_USER:
+            return None
         if job.reason is Reason.REGISTRY_AWAY and self._backoff.away:
             return None
         if job.reason is Reason.DISK_FULL and self._work.pauses(job.id):
@@ -83,7 +85,6 @@ class Steps:
             planned.team or DEFAULT_TEAM,
             self._work.books.attained.get(job.id, 0.0),
             self._work.books.remaining(job),
-            self._work.books.waiting_since.get(job.id),
         )
 
     def _succeed(self, job: JobRow) -> None:

@@ -6,8 +6,8 @@ All of it can be lost: the store has every status and every finished step.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from orchestrator.contracts import Cluster
@@ -17,11 +17,13 @@ from orchestrator.control.fleet import Fleet, Host
 from orchestrator.control.ledger import Ledger
 from orchestrator.control.submission import Order, read_order
 from orchestrator.disk import room
-from orchestrator.job import Reason, Status
+from orchestrator.job import Reason, Status, stays_paused
 from orchestrator.plan.steps import Step
-from orchestrator.store.rows import JobRow
-from orchestrator.store.store import Store
+from orchestrator.store.rows import JobRow, Report
+from orchestrator.store.store import StaleAttempt, Store
 from workers.types import Detach
+
+REFRESH_SECONDS = 2.0
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +56,26 @@ class Work:
         self.host_failures: dict[str, int] = {}
         """Base -> hosts of it lost in a row without a step or a score in between."""
         self._orders: dict[str, Order] = {}
+        self._runs: dict[str, str] = {}
+        """Of every job that was ever at hand."""
+        self._last_event = -1
+        self._refreshed = 0.0
         self._pauses: dict[str, Backoff] = {}
 
     def refresh(self, run: str | None) -> None:
-        """Look at the store again: others submit jobs while the controller runs."""
-        self.jobs = {job.id: job for job in self.store.unfinished_jobs(run)}
+        """Look at the store again: others submit jobs while the controller runs.
+
+        Its newest event tells whether anything was; the whole is looked at now and then all the same, as two
+        transactions of PostgreSQL may commit in another order than they took their numbers.
+        """
+        last = self.store.last_event()
+        if last == self._last_event and self.clock() - self._refreshed < REFRESH_SECONDS:
+            return
+        self.jobs = {job.id: job for job in self.store.unfinished_jobs(run, known=self.jobs)}
         self.parents = self.store.statuses({p for job in self.jobs.values() for p in job.depends_on})
-        for job in list(self.jobs):
+        self._last_event, self._refreshed = last, self.clock()
+        for job in [job for job in self.jobs if job not in self._runs]:
+            self._runs[job] = self.jobs[job].run
             try:
                 self.ledger.learn(self.order(job))
             except ValueError:
@@ -73,18 +88,46 @@ class Work:
             self._orders[job] = read_order((self.jobs.get(job) or self.store.job(job)).plan)
         return self._orders[job]
 
+    def run_of(self, job: str) -> str | None:
+        return self._runs.get(job)
+
     def present(self, job: str, attempt: int) -> JobRow | None:
         """The job if that attempt of it is still under way: a report of an old one is dropped."""
         row = self.jobs.get(job)
         return row if row is not None and row.attempt == attempt else None
 
+    def note_progress(self, reports: Sequence[Report]) -> None:
+        """Keep the rows at hand as the store has them now."""
+        for report in reports:
+            row = self.present(report.job, report.attempt)
+            if row is not None and report.progress is not None:
+                told = {key: value for key, value in asdict(report.progress).items() if value is not None}
+                self.jobs[report.job] = replace(row, **told)
+
     # ---- status ----------------------------------------------------------------------------------------
 
     def switch(
-        self, job: str, reason: Reason, message: str = "", *, host: str | None = None, who: str = "controller"
+        self,
+        job: str,
+        reason: Reason,
+        message: str = "",
+        *,
+        host: str | None = None,
+        who: str = "controller",
+        attempt: int | None = None,
     ) -> JobRow:
-        """Change a job's status; one that no longer runs gives back where it sat."""
-        row = self.store.switch_status(job, reason, message, who=who, host=host)
+        """Change a job's status; one that no longer runs gives back where it sat.
+
+        With `attempt`, the report of a host: one of an attempt that is over changes nothing.
+        """
+        known = self.jobs.get(job)
+        if known is not None and stays_paused(known.reason, reason):
+            return known
+        try:
+            row = self.store.switch_status(job, reason, message, who=who, host=host, attempt=attempt)
+        except StaleAttempt as error:
+            log.warning("a late report is dropped: %s", error)
+            return self.store.job(job)
         self.parents[job] = row.status
         if row.status.finished:
             self.jobs.pop(job, None)
@@ -95,10 +138,13 @@ class Work:
             self.leave(row)
         return row
 
-    def disk_full(self, job: str, folder: Path, message: str) -> None:
+    def set_priority(self, job: str, priority: int, who: str) -> None:
+        self.jobs[job] = self.store.set_priority(job, priority, who)
+
+    def disk_full(self, job: str, folder: Path, message: str, attempt: int | None = None) -> None:
         """Queue a job again that found no room in `folder`, for after a pause: each twice as long."""
         self._pauses.setdefault(job, Backoff(self.clock)).failed()
-        self.switch(job, Reason.DISK_FULL, f"{message}; {room(folder)}")
+        self.switch(job, Reason.DISK_FULL, f"{message}; {room(folder)}", attempt=attempt)
 
     def pauses(self, job: str) -> bool:
         """Whether a job that found its disk full is not to be tried again yet."""

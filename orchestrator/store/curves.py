@@ -7,11 +7,13 @@ overwrites its row and keeps its `exported` mark: the registry never gets a poin
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Table, and_, bindparam, insert, select, update
+from sqlalchemy import Connection, Engine, Table, and_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 
+from orchestrator.store.engine import patiently
 from orchestrator.store.rows import Curves, MetricRow, ValidationRow
 from orchestrator.store.tables import WRITES, metrics, validations
 from workers.types import StepDone, Validated
@@ -25,22 +27,18 @@ def finite(value: float) -> float | None:
 class CurveStore:
     """Reads and writes `metrics` and `validations`."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, patience: float) -> None:
         self._engine = engine
+        self.patience = patience
         self._writer = engine.execution_options(**{WRITES: True})
 
+    @patiently
     def write(self, series: str, points: Sequence[StepDone | Validated], at: float) -> None:
         """Store points of one series in one transaction; a later one of the same step wins."""
-        steps = {point.step: _step_values(point) for point in points if isinstance(point, StepDone)}
-        losses = {
-            point.step: {"loss": finite(point.loss), "attempt": point.attempt}
-            for point in points
-            if isinstance(point, Validated)
-        }
         with self._writer.begin() as connection:
-            _upsert(connection, metrics, series, steps, at)
-            _upsert(connection, validations, series, losses, at)
+            write_points(connection, {series: points}, at)
 
+    @patiently
     def read(self, series: str, after: int = -1) -> tuple[MetricRow, ...]:
         """Steps beyond `after`, in order, each with the evaluation loss measured at it, if any."""
         joined = metrics.outerjoin(
@@ -56,6 +54,7 @@ class CurveStore:
         with self._engine.connect() as connection:
             return tuple(MetricRow(**row) for row in connection.execute(query).mappings())
 
+    @patiently
     def unexported(self, series: str, limit: int = 200) -> Curves:
         """The oldest points that the registry has not got."""
         steps = _pending(metrics, _step_columns(), series, limit)
@@ -66,10 +65,42 @@ class CurveStore:
                 tuple(ValidationRow(**row) for row in connection.execute(losses).mappings()),
             )
 
+    @patiently
+    def pending(self) -> frozenset[str]:
+        """The series of which the registry lacks points."""
+        with self._engine.connect() as connection:
+            return frozenset(
+                series
+                for table in (metrics, validations)
+                for series in connection.execute(
+                    select(table.c.series).where(table.c.exported.is_(False)).distinct()
+                ).scalars()
+            )
+
+    @patiently
     def mark_exported(self, series: str, curves: Curves) -> None:
         with self._writer.begin() as connection:
             _mark(connection, metrics, series, [row.step for row in curves.steps])
             _mark(connection, validations, series, [row.step for row in curves.validations])
+
+
+def write_points(
+    connection: Connection, points: Mapping[str, Sequence[StepDone | Validated]], at: float
+) -> None:
+    """Points by series, inside a transaction of the caller's."""
+    steps: dict[tuple[str, int], dict[str, Any]] = {}
+    losses: dict[tuple[str, int], dict[str, Any]] = {}
+    for series, found in points.items():
+        for point in found:
+            row = {"series": series, "step": point.step, "at": at, "exported": False}
+            if isinstance(point, StepDone):
+                steps[series, point.step] = row | _step_values(point)
+            else:
+                values = {"loss": finite(point.loss), "attempt": point.attempt}
+                losses[series, point.step] = row | values
+    # In one order everywhere, so that two writers cannot wait for each other.
+    _upsert(connection, metrics, [steps[key] for key in sorted(steps)])
+    _upsert(connection, validations, [losses[key] for key in sorted(losses)])
 
 
 def _step_columns() -> list[Any]:
@@ -92,23 +123,16 @@ def _step_values(point: StepDone) -> dict[str, Any]:
     }
 
 
-def _upsert(
-    connection: Connection, table: Table, series: str, values: dict[int, dict[str, Any]], at: float
-) -> None:
-    """Update the steps that are there, insert the others. The keys are few: one poll's worth of steps."""
-    query = select(table.c.step).where(table.c.series == series, table.c.step.in_(values))
-    known = set(connection.execute(query).scalars())
-    fresh = [
-        {"series": series, "step": step, "at": at, "exported": False, **row}
-        for step, row in values.items()
-        if step not in known
-    ]
-    again = [{"key": step, **row} for step, row in values.items() if step in known]
-    if fresh:
-        connection.execute(insert(table), fresh)
-    if again:
-        row = and_(table.c.series == series, table.c.step == bindparam("key"))
-        connection.execute(update(table).where(row), again)
+def _upsert(connection: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
+    """Insert the rows; one whose step is there keeps when it came first, and whether it was exported."""
+    if not rows:
+        return
+    # The one statement that the two databases spell alike and SQLAlchemy keeps apart.
+    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    fresh = insert(table)
+    kept = ("series", "step", "at", "exported")
+    changes = {column.name: column for column in fresh.excluded if column.name not in kept}
+    connection.execute(fresh.on_conflict_do_update(index_elements=["series", "step"], set_=changes), rows)
 
 
 def _pending(table: Table, columns: Sequence[Any], series: str, limit: int) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from orchestrator.job import Reason, Status
+from workers.types import StepDone, Validated
 
 JobKind = Literal["train", "fuse"]
 
@@ -28,12 +29,14 @@ class NewJob:
 
 @dataclass(frozen=True)
 class NewRun:
-    """A pipeline about to be submitted. `key` is the content hash that makes submitting it idempotent."""
+    """A pipeline about to be submitted. `key` is the content hash: one that is unfinished is the same run."""
 
     name: str
     key: str
     recipe: Mapping[str, Any]
     jobs: tuple[NewJob, ...]
+    token: str | None = None
+    """The submitter's own key: a second submission under it is the first one, finished or not."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class RunRow:
     submitted_at: float
     status: Status
     """Derived from its jobs, never stored."""
+    token: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,12 +120,27 @@ class MetricRow:
     eval_loss: float | None = None
 
 
+RequestKind = Literal["cancel", "pause", "resume", "priority"]
+
+
 @dataclass(frozen=True)
 class Request:
+    """What someone asks the controller to do with a job."""
+
     id: int
     job: str
-    kind: str
+    kind: RequestKind
     who: str
+    value: Any = None
+    """Of `priority`: the new one."""
+
+
+@dataclass(frozen=True)
+class Board:
+    """Something that the controller shows of itself, and when it last did."""
+
+    value: Any
+    at: float
 
 
 @dataclass(frozen=True)
@@ -132,6 +151,17 @@ class Progress:
     num_steps: int | None = None
     loss: float | None = None
     tokens_per_second: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one attempt has reported since the last time. A stale attempt's is dropped whole."""
+
+    job: str
+    attempt: int
+    series: str
+    points: tuple[StepDone | Validated, ...]
+    progress: Progress | None
 
 
 @dataclass(frozen=True)

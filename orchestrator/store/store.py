@@ -1,18 +1,19 @@
 """The SQL store: runs, jobs, finished steps, events, requests. The only writer of a job's status.
 
-Every method is one short transaction with no work inside. `switch_status` is the one door through which a
-status changes; it writes the event in the same transaction. Curves are in `store_curves`.
+Every method is one short transaction with no work inside, and may be done twice: while a server does not
+answer it is done again. `switch_status` is the one door through which a status changes; it writes the event
+in the same transaction. Curves are in `curves`, how a submission is written in `submitting`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, delete, func, insert, select, update
+from sqlalchemy import Connection, RowMapping, bindparam, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from orchestrator.job import (
@@ -21,23 +22,36 @@ from orchestrator.job import (
     Status,
     ends_attempt,
     next_status,
-    run_status,
     within_budget,
 )
 from orchestrator.store import tables
-from orchestrator.store.curves import CurveStore
+from orchestrator.store.curves import CurveStore, write_points
+from orchestrator.store.engine import PATIENCE, open_engine, patiently
+from orchestrator.store.reading import (
+    HEAVY,
+    event_row,
+    heavy_columns,
+    heavy_of,
+    job_row,
+    portions,
+    read_runs,
+)
 from orchestrator.store.rows import (
+    Board,
     EventRow,
     JobRow,
     MetricRow,
-    NewJob,
     NewRun,
     Progress,
+    Report,
     Request,
+    RequestKind,
     RunRow,
     StepRow,
 )
 from orchestrator.store.scheduling import SchedulingStore
+from orchestrator.store.schema import migrate
+from orchestrator.store.submitting import submit, write_event
 
 
 class NoSuchJob(LookupError):
@@ -49,15 +63,22 @@ class StaleAttempt(Exception):
 
 
 class Store:
-    """`Store.open(path)` for a SQLite file, `Store(url)` for any SQLAlchemy URL."""
+    """`Store.open(path)` for a SQLite file, `Store(url)` for that or a PostgreSQL database."""
 
-    def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
-        engine = tables.open_engine(url)
+    def __init__(self, url: str, clock: Callable[[], float] = time.time, patience: float = PATIENCE) -> None:
+        """Its tables are made, or migrated, if need be. Raises BadInput, StoreUnreachable."""
+        engine = open_engine(url)
         self._engine = engine
         self._writer = engine.execution_options(**{tables.WRITES: True})
         self._clock = clock
-        self.curves = CurveStore(engine)
-        self.scheduling = SchedulingStore(engine)
+        self.patience = patience
+        self.curves = CurveStore(engine, patience)
+        self.scheduling = SchedulingStore(engine, patience)
+        self._migrate()
+
+    @patiently
+    def _migrate(self) -> None:
+        migrate(self._engine)
 
     @classmethod
     def open(cls, path: Path) -> Store:
@@ -67,84 +88,115 @@ class Store:
     def close(self) -> None:
         self._engine.dispose()
 
+    def wait_for_it(self, seconds: float) -> None:
+        """Wait so long for a server that is away, from now on."""
+        self.patience = self.curves.patience = self.scheduling.patience = seconds
+
     # ---- runs and jobs ----------------------------------------------------------------------------------
 
     def submit(self, new: NewRun, who: str = "user") -> str:
-        """The id of an unfinished run of the same key, else of a new run whose jobs are WAITING."""
+        """The id of an unfinished run of the same key, else of a new run whose jobs are WAITING.
+
+        Under a token it is the run first submitted under it, whatever became of it. On disk at the return.
+        Raises BadInput for a token that was used for something else.
+        """
         while True:
             try:
                 return self._submit(new, who)
             except IntegrityError:
-                if new.key not in {run.key for run in self.runs()}:
+                if not self.runs_of_key(new.key):
                     raise
-                # Another process took the same number: look again.
+                # Another process took the same number or token: look again.
 
+    @patiently
     def _submit(self, new: NewRun, who: str) -> str:
-        now = self._clock()
         with self._writer.begin() as db:
-            # One query tells what is unfinished and what number comes next: with two, another process could
-            # commit in between, and PostgreSQL would let both make a run.
-            earlier = _statuses_of_key(db, new.key)
-            for run, statuses in earlier.items():
-                if not run_status(statuses).finished:
-                    return run
-            number = len(earlier) + 1
-            run = f"{new.name}-{new.key[:6]}-{number}"
-            row = {"id": run, "name": new.name, "key": new.key, "number": number}
-            db.execute(insert(tables.runs), {**row, "recipe": dict(new.recipe), "submitted_at": now})
-            for position, job in enumerate(new.jobs):
-                db.execute(insert(tables.jobs), _job_values(run, position, job, now))
-                _write_event(db, f"{run}.{job.name}", now, who, 0, None, Reason.SUBMITTED, "")
-        return run
+            return submit(db, new, who, self._clock())
 
+    @patiently
     def runs(self) -> tuple[RunRow, ...]:
         """Every run, the newest first."""
+        with self._engine.connect() as db:
+            return read_runs(db)
+
+    @patiently
+    def runs_of_key(self, key: str) -> tuple[RunRow, ...]:
+        """The runs of one content, the newest first."""
+        with self._engine.connect() as db:
+            return read_runs(db, tables.runs.c.key == key)
+
+    @patiently
+    def newest_run(self) -> RunRow | None:
         order = (tables.runs.c.submitted_at.desc(), tables.runs.c.number.desc())
         with self._engine.connect() as db:
-            rows = db.execute(select(tables.runs).order_by(*order)).mappings().all()
-            pairs = db.execute(select(tables.jobs.c.run, tables.jobs.c.status)).all()
-        statuses: dict[str, list[Status]] = {}
-        for run, status in pairs:
-            statuses.setdefault(run, []).append(Status(status))
-        return tuple(_run_row(row, statuses.get(row["id"], [])) for row in rows)
+            run = db.execute(select(tables.runs.c.id).order_by(*order).limit(1)).scalar()
+            return read_runs(db, tables.runs.c.id == run)[0] if run is not None else None
 
+    @patiently
     def run(self, run: str) -> RunRow:
         """Raises NoSuchJob."""
-        for row in self.runs():
-            if row.id == run:
-                return row
-        raise NoSuchJob(f"there is no run {run!r}")
+        with self._engine.connect() as db:
+            found = read_runs(db, tables.runs.c.id == run)
+        if not found:
+            raise NoSuchJob(f"there is no run {run!r}")
+        return found[0]
 
+    @patiently
     def jobs(self, run: str | None = None) -> tuple[JobRow, ...]:
         """The jobs of one run, or all, in the order of submission."""
-        query = select(tables.jobs).order_by(tables.jobs.c.submitted_at, tables.jobs.c.position)
+        query = select(tables.jobs).order_by(
+            tables.jobs.c.submitted_at, tables.jobs.c.run, tables.jobs.c.position
+        )
         if run is not None:
             query = query.where(tables.jobs.c.run == run)
         with self._engine.connect() as db:
-            return tuple(_job_row(row) for row in db.execute(query).mappings())
+            return tuple(job_row(row) for row in db.execute(query).mappings())
 
-    def unfinished_jobs(self, run: str | None = None) -> tuple[JobRow, ...]:
-        """The jobs of one run, or all, that have not finished, in the order of submission."""
-        finished = [status.value for status in FINISHED]
-        query = select(tables.jobs).where(tables.jobs.c.status.not_in(finished))
+    @patiently
+    def unfinished_jobs(
+        self, run: str | None = None, known: Mapping[str, JobRow] | None = None
+    ) -> tuple[JobRow, ...]:
+        """The jobs of one run, or all, that have not finished, in the order of submission.
+
+        Of those in `known` only what can change is read: recipes and plans are most of a job's bytes.
+        """
+        known = known or {}
+        condition = tables.jobs.c.status.not_in([status.value for status in FINISHED])
         if run is not None:
-            query = query.where(tables.jobs.c.run == run)
-        order = (tables.jobs.c.submitted_at, tables.jobs.c.position)
+            condition &= tables.jobs.c.run == run
+        light = [column for column in tables.jobs.c if column.name not in HEAVY]
+        order = (tables.jobs.c.submitted_at, tables.jobs.c.run, tables.jobs.c.position)
         with self._engine.connect() as db:
-            return tuple(_job_row(row) for row in db.execute(query.order_by(*order)).mappings())
+            rows = db.execute(select(*light).where(condition).order_by(*order)).mappings().all()
+            fresh = heavy_columns(db, [row["id"] for row in rows if row["id"] not in known])
+        return tuple(job_row(row, fresh.get(row["id"]) or heavy_of(known[row["id"]])) for row in rows)
 
+    @patiently
+    def last_event(self) -> int:
+        """Number of the newest event: as long as it stays, no status changed and nothing was submitted."""
+        with self._engine.connect() as db:
+            return db.execute(select(func.max(tables.events.c.id))).scalar() or 0
+
+    @patiently
     def statuses(self, jobs: set[str]) -> dict[str, Status]:
-        query = select(tables.jobs.c.id, tables.jobs.c.status).where(tables.jobs.c.id.in_(jobs))
+        query = select(tables.jobs.c.id, tables.jobs.c.status)
         with self._engine.connect() as db:
-            return {job: Status(status) for job, status in db.execute(query).all()}
+            pairs = [
+                pair
+                for some in portions(jobs)
+                for pair in db.execute(query.where(tables.jobs.c.id.in_(some)))
+            ]
+        return {job: Status(status) for job, status in pairs}
 
+    @patiently
     def job(self, job: str) -> JobRow:
         """Raises NoSuchJob."""
         with self._engine.connect() as db:
-            return _job_row(_find(db, job))
+            return job_row(_find(db, job))
 
     # ---- status ---------------------------------------------------------------------------------------
 
+    @patiently
     def switch_status(
         self,
         job: str,
@@ -163,7 +215,7 @@ class Store:
         """
         now = self._clock()
         with self._writer.begin() as db:
-            row = _job_row(_find(db, job))
+            row = job_row(_find(db, job))
             if attempt is not None and attempt != row.attempt:
                 raise StaleAttempt(f"{job}: attempt {attempt} is over, {row.attempt} is the present one")
             if ends_attempt(row.status, reason):
@@ -172,30 +224,51 @@ class Store:
             if (status, reason, message) != (row.status, row.reason, row.message):
                 values = {"message": message, **_consequences(row, status, reason, host, now)}
                 db.execute(update(tables.jobs).where(tables.jobs.c.id == job).values(values))
-                after = _job_row(_find(db, job))
-                _write_event(db, job, now, who, after.attempt, row.status, reason, message)
+                after = job_row(_find(db, job))
+                write_event(db, job, now, who, after.attempt, row.status, reason, message)
                 return after
             return row
 
+    @patiently
+    def set_priority(self, job: str, priority: int, who: str) -> JobRow:
+        """Give a job another priority, and write the event. Raises NoSuchJob."""
+        with self._writer.begin() as db:
+            row = job_row(_find(db, job))
+            if row.priority != priority:
+                words = f"priority {row.priority} -> {priority} by {who}"
+                db.execute(update(tables.jobs).where(tables.jobs.c.id == job).values(priority=priority))
+                event = (row.status, row.reason, words, row.status)
+                write_event(db, job, self._clock(), who, row.attempt, *event)
+            return replace(row, priority=priority)
+
     def write_progress(self, job: str, attempt: int, progress: Progress) -> None:
         """Write how far a job is. Does nothing when `attempt` is over."""
-        values = {name: value for name, value in asdict(progress).items() if value is not None}
-        row = (tables.jobs.c.id == job) & (tables.jobs.c.attempt == attempt)
-        with self._writer.begin() as db:
-            db.execute(update(tables.jobs).where(row).values(values))
+        self.write_reports([Report(job, attempt, "", (), progress)])
 
+    @patiently
+    def write_reports(self, reports: Sequence[Report]) -> None:
+        """Curves and progress of several attempts in one transaction; those of stale attempts are dropped."""
+        with self._writer.begin() as db:
+            present = _attempts(db, {report.job for report in reports})
+            heard = [report for report in reports if present.get(report.job) == report.attempt]
+            write_points(db, {report.series: report.points for report in heard}, self._clock())
+            _write_progress(db, heard)
+
+    @patiently
     def events(self, job: str) -> tuple[EventRow, ...]:
         """What happened to a job, the oldest first."""
         query = select(tables.events).where(tables.events.c.job == job).order_by(tables.events.c.id)
         with self._engine.connect() as db:
-            return tuple(_event_row(row) for row in db.execute(query).mappings())
+            return tuple(event_row(row) for row in db.execute(query).mappings())
 
+    @patiently
     def metrics(self, job: str, after: int = -1) -> tuple[MetricRow, ...]:
         """A job's training curve beyond step `after`."""
         return self.curves.read(self.job(job).series, after)
 
     # ---- finished steps -------------------------------------------------------------------------------
 
+    @patiently
     def finish_step(self, step: str, kind: str, job: str, result: Mapping[str, Any]) -> None:
         """Record a step as done. A second record of the same step changes nothing: the first one stands."""
         row = {"id": step, "kind": kind, "job": job, "result": dict(result), "finished_at": self._clock()}
@@ -204,68 +277,67 @@ class Store:
             if db.execute(query).first() is None:
                 db.execute(insert(tables.steps), row)
 
+    @patiently
     def forget_step(self, step: str) -> None:
         """Take a step's record back because what it made is gone: it will be done again."""
         with self._writer.begin() as db:
             db.execute(delete(tables.steps).where(tables.steps.c.id == step))
 
+    @patiently
     def finished_steps(self, steps: set[str] | None = None) -> dict[str, StepRow]:
         """Finished steps by id: those among `steps`, or all."""
-        query = select(tables.steps)
-        if steps is not None:
-            query = query.where(tables.steps.c.id.in_(steps))
+        query, found = select(tables.steps), tables.steps.c.id
         with self._engine.connect() as db:
-            return {row["id"]: StepRow(**row) for row in db.execute(query).mappings()}
+            if steps is None:
+                rows = list(db.execute(query).mappings())
+            else:
+                rows = [
+                    row
+                    for some in portions(steps)
+                    for row in db.execute(query.where(found.in_(some))).mappings()
+                ]
+        return {row["id"]: StepRow(**row) for row in rows}
 
     # ---- requests -------------------------------------------------------------------------------------
 
-    def request_cancel(self, job: str, who: str = "user") -> None:
-        """Ask the controller to cancel a job. Raises NoSuchJob; does nothing when it is finished."""
+    @patiently
+    def request(self, job: str, kind: RequestKind, who: str = "user", value: Any = None) -> None:
+        """Ask the controller for something. Raises NoSuchJob; does nothing when the job is finished."""
         if not self.job(job).status.finished:
-            row = {"job": job, "kind": "cancel", "who": who, "at": self._clock()}
+            row = {"job": job, "kind": kind, "who": who, "at": self._clock(), "value": value}
             with self._writer.begin() as db:
                 db.execute(insert(tables.requests), row)
 
+    @patiently
     def open_requests(self) -> tuple[Request, ...]:
         t = tables.requests.c
-        query = select(t.id, t.job, t.kind, t.who).where(t.handled_at.is_(None)).order_by(t.id)
+        query = select(t.id, t.job, t.kind, t.who, t.value).where(t.handled_at.is_(None)).order_by(t.id)
         with self._engine.connect() as db:
             return tuple(Request(**row) for row in db.execute(query).mappings())
 
+    @patiently
     def close_request(self, request: int) -> None:
         row = tables.requests.c.id == request
         with self._writer.begin() as db:
             db.execute(update(tables.requests).where(row).values(handled_at=self._clock()))
 
+    # ---- boards ---------------------------------------------------------------------------------------
 
-def _statuses_of_key(db: Connection, key: str) -> dict[str, list[Status]]:
-    """The job statuses of every run of `key`, the newest run first."""
-    joined = tables.runs.join(tables.jobs, tables.jobs.c.run == tables.runs.c.id)
-    query = select(tables.runs.c.id, tables.jobs.c.status).select_from(joined)
-    query = query.where(tables.runs.c.key == key).order_by(tables.runs.c.number.desc())
-    statuses: dict[str, list[Status]] = {}
-    for run, status in db.execute(query).all():
-        statuses.setdefault(run, []).append(Status(status))
-    return statuses
+    @patiently
+    def show(self, name: str, value: Any) -> None:
+        """Put something up for commands that only look; it takes the place of what was there."""
+        row = {"value": value, "at": self._clock()}
+        with self._writer.begin() as db:
+            changed = db.execute(update(tables.boards).where(tables.boards.c.name == name).values(**row))
+            if changed.rowcount == 0:
+                db.execute(insert(tables.boards), {"name": name, **row})
 
-
-def _job_values(run: str, position: int, job: NewJob, now: float) -> dict[str, Any]:
-    values = {name: getattr(job, name) for name in ("name", "kind", "recipe_hash", "series", "priority")}
-    return {
-        **values,
-        "id": f"{run}.{job.name}",
-        "run": run,
-        "position": position,
-        "recipe": dict(job.recipe),
-        "plan": dict(job.plan),
-        "depends_on": [f"{run}.{name}" for name in job.depends_on],
-        "status": Status.WAITING.value,
-        "reason": Reason.SUBMITTED.value,
-        "message": "",
-        "attempt": 0,
-        "submitted_at": now,
-        "step": 0,
-    }
+    @patiently
+    def board(self, name: str) -> Board | None:
+        query = select(tables.boards.c.value, tables.boards.c.at).where(tables.boards.c.name == name)
+        with self._engine.connect() as db:
+            row = db.execute(query).first()
+        return Board(row.value, row.at) if row is not None else None
 
 
 def _consequences(
@@ -289,6 +361,36 @@ def _times_ended(db: Connection, job: str, reason: Reason) -> int:
     return db.execute(select(func.count()).select_from(tables.events).where(ended)).scalar_one()
 
 
+def _attempts(db: Connection, jobs: set[str]) -> dict[str, int]:
+    query = select(tables.jobs.c.id, tables.jobs.c.attempt)
+    # Locked, in one order, so that no attempt can end before its reports are written.
+    rows = [
+        row
+        for some in portions(jobs)
+        for row in db.execute(
+            query.where(tables.jobs.c.id.in_(some)).order_by(tables.jobs.c.id).with_for_update()
+        )
+    ]
+    return {row.id: row.attempt for row in rows}
+
+
+def _write_progress(db: Connection, reports: Sequence[Report]) -> None:
+    """What a report does not say stays as it is."""
+    names = ("step", "num_steps", "loss", "tokens_per_second")
+    rows = [
+        {"key": report.job, **{f"new_{name}": getattr(report.progress, name) for name in names}}
+        for report in reports
+        if report.progress is not None
+    ]
+    if rows:
+        columns = tables.jobs.c
+        values = {
+            name: func.coalesce(bindparam(f"new_{name}", type_=columns[name].type), columns[name])
+            for name in names
+        }
+        db.execute(update(tables.jobs).where(columns.id == bindparam("key")).values(**values), rows)
+
+
 def _find(db: Connection, job: str) -> RowMapping:
     # PostgreSQL locks the row until the end of the transaction; SQLite has its own lock.
     query = select(tables.jobs).where(tables.jobs.c.id == job)
@@ -296,42 +398,3 @@ def _find(db: Connection, job: str) -> RowMapping:
     if row is None:
         raise NoSuchJob(f"there is no job {job!r}")
     return row
-
-
-def _job_row(row: RowMapping) -> JobRow:
-    values = {name: value for name, value in row.items() if name != "position"}
-    values["depends_on"] = tuple(values["depends_on"])
-    values["status"] = Status(values["status"])
-    values["reason"] = Reason(values["reason"])
-    return JobRow(**values)
-
-
-def _run_row(row: RowMapping, statuses: list[Status]) -> RunRow:
-    values = {name: value for name, value in row.items() if name != "number"}
-    return RunRow(**values, status=run_status(statuses))
-
-
-def _event_row(row: RowMapping) -> EventRow:
-    before = Status(row["before"]) if row["before"] else None
-    values: dict[str, Any] = {
-        "before": before,
-        "after": Status(row["after"]),
-        "reason": Reason(row["reason"]),
-    }
-    return EventRow(**(dict(row) | values))
-
-
-def _write_event(
-    db: Connection,
-    job: str,
-    at: float,
-    who: str,
-    attempt: int,
-    before: Status | None,
-    reason: Reason,
-    message: str,
-) -> None:
-    after = next_status(before, reason) if before else Status.WAITING
-    row = {"job": job, "at": at, "who": who, "attempt": attempt, "message": message}
-    words = {"before": before and before.value, "after": after.value, "reason": reason.value}
-    db.execute(insert(tables.events), row | words)

@@ -1,45 +1,30 @@
-"""The SQL tables of the store, and the engine they live in. No query: `store` has those.
+"""The SQL tables of the store, portable between SQLite and PostgreSQL. No query: `store` has those.
 
-Portable between SQLite and PostgreSQL; what only SQLite needs is set on its connections here.
-Times are seconds since the epoch, UTC.
+A change here needs a migration (`migrations/versions`): a test holds the two together. Times are seconds
+since the epoch, UTC.
 """
 
 from __future__ import annotations
 
-import sqlite3
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
     JSON,
     Boolean,
     Column,
-    Connection,
-    Engine,
     Float,
     ForeignKey,
+    Index,
     Integer,
     MetaData,
     String,
     Table,
     Text,
     UniqueConstraint,
-    create_engine,
-    event,
 )
 
 WRITES = "chorus_writes"
 """Execution option of the connections that write: SQLite then takes its lock at the beginning."""
-
-LOCK_SECONDS = 30
-SQLITE_PRAGMAS = (
-    f"busy_timeout = {LOCK_SECONDS * 1000}",
-    "journal_mode = WAL",
-    "synchronous = FULL",
-    "foreign_keys = ON",
-)
 
 metadata = MetaData()
 
@@ -52,6 +37,7 @@ runs = Table(
     Column("number", Integer, nullable=False),
     Column("recipe", JSON, nullable=False),
     Column("submitted_at", Float, nullable=False),
+    Column("token", String(200), unique=True, index=True),
     UniqueConstraint("key", "number"),
 )
 
@@ -109,8 +95,8 @@ events = Table(
 
 
 def _curve(name: str, *more: Column[Any]) -> Table:
-    """One row a step of a series, with the loss there."""
-    return Table(
+    """One row a step of a series, with the loss there. What the registry lacks has an index."""
+    table = Table(
         name,
         metadata,
         Column("series", String(80), primary_key=True),
@@ -121,6 +107,9 @@ def _curve(name: str, *more: Column[Any]) -> Table:
         *more,
         Column("exported", Boolean, nullable=False),
     )
+    lacking = table.c.exported.is_(False)
+    Index(f"ix_{name}_pending", table.c.series, sqlite_where=lacking, postgresql_where=lacking)
+    return table
 
 
 metrics = _curve(
@@ -141,7 +130,8 @@ requests = Table(
     Column("kind", String(20), nullable=False),
     Column("who", String(80), nullable=False),
     Column("at", Float, nullable=False),
-    Column("handled_at", Float),
+    Column("handled_at", Float, index=True),
+    Column("value", JSON),
 )
 
 scheduling = Table(
@@ -150,42 +140,13 @@ scheduling = Table(
     Column("id", Integer, primary_key=True, autoincrement=False),
     Column("value", JSON, nullable=False),
 )
+"""One row: what the policy remembers from tick to tick."""
 
-
-def open_engine(url: str) -> Engine:
-    """An engine for `url` with every table in place. SQLite's folder is made if absent."""
-    engine = create_engine(url)
-    if engine.dialect.name == "sqlite":
-        if engine.url.database and engine.url.database != ":memory:":
-            Path(engine.url.database).parent.mkdir(parents=True, exist_ok=True)
-        event.listen(engine, "connect", _prepare_sqlite)
-        event.listen(engine, "begin", _begin_sqlite)
-    with engine.execution_options(**{WRITES: True}).begin() as connection:
-        metadata.create_all(connection)
-    return engine
-
-
-def _prepare_sqlite(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # the driver must not begin transactions of its own: see below
-    for pragma in SQLITE_PRAGMAS:
-        _patiently(lambda pragma=pragma: connection.execute(f"PRAGMA {pragma}"))
-
-
-def _patiently(act: Callable[[], object]) -> None:
-    """SQLite refuses a change to WAL beside another's at once, whatever `busy_timeout` says."""
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            act()
-            return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                raise
-        time.sleep(0.01)
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    # A transaction that reads first and writes later fails at once when another wrote in between; taking
-    # the write lock at the beginning makes it wait instead.
-    writes = connection.get_execution_options().get(WRITES, False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+boards = Table(
+    "boards",
+    metadata,
+    Column("name", String(40), primary_key=True),
+    Column("value", JSON, nullable=False),
+    Column("at", Float, nullable=False),
+)
+"""What the controller shows of itself, for commands that only look. All of it can be lost."""

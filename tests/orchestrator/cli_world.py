@@ -19,6 +19,8 @@ from tests.contract.memory_registry import MemoryRegistry
 from tests.orchestrator.fakes import FakeCluster, Faults
 from tests.orchestrator.recipe_files import finance, fuse, pipeline, support, write_world, write_yaml
 
+PATIENCE = 5.0
+
 
 class CliWorld:
     """Recipes under `folder`, the home beside them."""
@@ -44,7 +46,7 @@ class CliWorld:
 
     @contextmanager
     def open_store(self, home: Home):
-        with closing(Store.open(home.database)) as store:
+        with closing(Store(home.store_url, patience=PATIENCE)) as store:
             yield store
 
     @contextmanager
@@ -82,6 +84,7 @@ class CliWorld:
     def chorus(self, *arguments: Any):
         """Give a command in this home; its result has `exit_code`, `stdout` and `stderr`."""
         home = [] if arguments[0] == "recipe" else ["--home", str(self.home.folder)]
+        home += ["--store", self.home.store] if self.home.store else []
         with patch(
             "orchestrator.control.controller.TICK_SECONDS", 0.001
         ):  # nothing here takes time of its own

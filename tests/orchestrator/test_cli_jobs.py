@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("unsynced")
 JOB_KEYS = {
     *("id", "run", "name", "kind", "task", "status", "reason", "reason_words", "message", "attempt", "host"),
     *("priority", "step", "num_steps", "loss", "tokens_per_second", "depends_on"),
-    *("submitted_at", "started_at", "finished_at"),
+    *("submitted_at", "started_at", "finished_at", "team", "position", "seconds_left"),
 }
 
 
@@ -77,7 +77,7 @@ def test_ps_without_all_leaves_out_finished_runs_but_the_newest(tmp_path):
 
 
 def test_ps_of_unfinished_jobs_says_that_nobody_works_on_them(waiting):
-    words = "no `chorus run` is at work here"
+    words = "nobody works here"
     assert words in waiting.chorus("ps").stdout
     with waiting.home.claim():
         assert words not in waiting.chorus("ps").stdout

@@ -116,13 +116,6 @@ def test_run_of_no_file_is_refused(world):
     assert_one_sentence(world.chorus("run", "gone.yaml"), 2, "gone.yaml")
 
 
-def test_run_beside_another_run_is_refused_and_submits_nothing(world):
-    with world.home.claim():
-        result = world.chorus("run", world.one_job())
-    assert_one_sentence(result, 3, "another `chorus run`", str(world.home.folder))
-    assert not world.home.database.exists()
-
-
 def test_run_whose_release_folder_exists_is_refused_before_it_begins(world):
     (world.folder / "release/fused").mkdir(parents=True)
     assert_one_sentence(world.chorus("run", world.two_jobs()), 2, "release/fused exists already")
@@ -167,7 +160,7 @@ def test_run_that_misses_its_gate_exits_with_100_and_says_by_how_much(world):
 def test_run_whose_job_is_cancelled_exits_with_103(world):
     def cancelling():
         with world.open_store(world.home) as store:
-            store.request_cancel(store.jobs()[0].id)
+            store.request(store.jobs()[0].id, "cancel")
         return FakeCluster()
 
     world.make_cluster = cancelling

@@ -23,6 +23,15 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 COMMANDS = {
     *(
         "run",
+        "submit",
+        "serve",
+        "explain",
+        "events",
+        "hosts",
+        "teams",
+        "pause",
+        "resume",
+        "priority",
         "plan",
         "ps",
         "status",

@@ -267,7 +267,7 @@ def test_cancelled_job_leaves_its_slot_and_its_neighbour_finishes(world):
 
     def cancel() -> None:
         if world.job("finance").step == 3:
-            world.store.request_cancel(world.job("finance").id, who="ann")
+            world.store.request(world.job("finance").id, "cancel", who="ann")
 
     world.run(on_tick=cancel)
     job = world.job("finance")
@@ -284,6 +284,117 @@ def test_job_that_outlasts_its_max_duration_is_stopped_and_its_neighbour_finishe
     assert job.reason is Reason.OUT_OF_TIME
     assert 10 < job.finished_at - job.started_at <= 12
     assert world.job("support").status is Status.SUCCEEDED
+
+
+def test_paused_job_leaves_its_slot_and_goes_on_from_what_it_saved_when_resumed(world):
+    world.submit(finance(max_steps=12), support(max_steps=30))
+    paused_at: list[int] = []
+
+    def pause_then_resume() -> None:
+        job, other = world.job("finance"), world.job("support")
+        if job.step == 5 and not paused_at:
+            paused_at.append(other.step)
+            world.store.request(job.id, "pause", who="ann")
+        if paused_at and other.step == 20 and job.reason is Reason.PAUSED_BY_USER:
+            assert (job.status, job.host) == (Status.WAITING, None)
+            world.store.request(job.id, "resume", who="ben")
+
+    world.run(on_tick=pause_then_resume)
+    events = [(event.reason, event.who) for event in world.store.events(world.job("finance").id)]
+    assert (Reason.PAUSED_BY_USER, "ann") in events
+    assert (Reason.RESUMED_BY_USER, "ben") in events
+    assert [command.job for command in world.cluster.asked("Detach")] == [world.job("finance").id]
+    assert world.job("finance").attempt == 2
+    assert set(world.statuses().values()) == {Status.SUCCEEDED}
+
+
+def test_paused_job_whose_host_is_lost_stays_paused(world):
+    world.faults.lose_at = {9}
+    world.submit(finance(max_steps=20), support(max_steps=20))
+
+    asked: list[str] = []
+
+    def pause() -> None:
+        job = world.job("finance")
+        if job.step == 3 and not asked:
+            asked.append("pause")
+            world.store.request(job.id, "pause")
+        if world.job("support").status is Status.SUCCEEDED and asked == ["pause"]:
+            assert job.reason is Reason.PAUSED_BY_USER
+            asked.append("resume")
+            world.store.request(job.id, "resume")
+
+    world.run(on_tick=pause)
+    assert len(world.cluster.asked("start_host")) > 1
+    assert set(world.statuses().values()) == {Status.SUCCEEDED}
+
+
+def test_priority_asked_for_a_waiting_job_sends_it_first(world):
+    write_yaml(world.folder / "bases" / "tiny.yaml", {"model": "tiny", "world_size": 2, "slots": 1})
+    world.submit(finance(), support())
+    world.store.request(world.job("support").id, "priority", who="ann", value=90)
+    world.run()
+    assert [command.job.job for command in world.cluster.asked("Attach")] == [
+        world.job("support").id,
+        world.job("finance").id,
+    ]
+
+
+def test_controller_works_on_every_run_and_takes_in_what_is_submitted_meanwhile(world):
+    world.submit(finance(max_steps=8))
+    submitted: list[str] = []
+
+    def submit() -> None:
+        if world.job("finance").step == 4 and not submitted:
+            submitted.append(world.submit(support(max_steps=4)))
+
+    world.run(on_tick=submit)
+    assert {run.status for run in world.store.runs()} == {Status.SUCCEEDED}
+    assert len(world.cluster.asked("start_host")) == 1
+
+
+def test_controller_until_a_run_has_ended_lets_other_jobs_save_what_they_have(world):
+    first = world.submit(finance(max_steps=6))
+    world.submit(support(max_steps=50))
+    world.controller().run(until=first, wait=lambda _: setattr(world, "now", world.now + 1))
+    assert world.store.run(first).status is Status.SUCCEEDED
+    other = world.job("support")
+    assert (other.status, other.reason, world.cluster.hosts) == (Status.WAITING, Reason.INTERRUPTED, {})
+    assert [command.job for command in world.cluster.asked("Detach")] == [other.id]
+    world.run()
+    assert world.job("support").status is Status.SUCCEEDED
+
+
+def test_step_that_was_forgotten_is_done_again_by_a_controller_that_knew_it_done(world):
+    """A release folder that was removed: `submit` forgets its step while the controller is at work."""
+    world.submit(finance(), support(max_steps=40))
+    again: list[str] = []
+
+    def forget() -> None:
+        if world.job("finance").status is Status.SUCCEEDED and not again:
+            promote = next(row for row in world.store.finished_steps().values() if row.kind == "promote")
+            world.store.forget_step(promote.id)
+            again.append(world.submit(finance()))
+
+    world.run(on_tick=forget)
+    promotions = [row for row in world.store.finished_steps().values() if row.kind == "promote"]
+    assert {row.job for row in promotions} == {f"{again[0]}.finance", world.job("support").id}
+
+
+def test_report_of_a_stale_attempt_that_slips_through_changes_no_status(world):
+    """Two controllers for a moment: the store itself refuses what the memory of one would let through."""
+    world.submit(finance(max_steps=9))
+    controller = world.controller()
+    controller.recover()
+    while world.job("finance").step < 3:
+        controller.tick()
+        world.now += 1.0
+    job = world.job("finance").id
+    for reason in (Reason.HOST_LOST, Reason.PLACED):
+        world.store.switch_status(job, reason, who="another")
+    stale = controller._work.switch(job, Reason.DIVERGED, "late", attempt=1)
+    assert (stale.status, stale.attempt) == (Status.STARTING, 2)
+    assert world.job("finance").status is Status.STARTING
 
 
 def test_card_names_data_without_the_folders_of_this_machine(world):
@@ -313,7 +424,7 @@ def test_run_that_is_interrupted_leaves_its_jobs_waiting_and_can_go_on(world):
 
 def test_waiting_job_that_is_cancelled_never_starts(world):
     world.submit(finance())
-    world.store.request_cancel(world.job("finance").id)
+    world.store.request(world.job("finance").id, "cancel")
     world.run()
     assert world.job("finance").status is Status.CANCELLED
     assert world.cluster.log == []
@@ -492,7 +603,7 @@ def test_equal_training_is_taken_over_when_the_job_that_did_it_is_cancelled(worl
 
     def cancel() -> None:
         if world.job("finance").step == 4:
-            world.store.request_cancel(world.job("finance").id)
+            world.store.request(world.job("finance").id, "cancel")
 
     world.run(on_tick=cancel)
     assert world.statuses() == {"finance": Status.CANCELLED, "again": Status.SUCCEEDED}

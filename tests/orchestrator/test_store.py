@@ -7,15 +7,18 @@ import math
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
+from uuid import uuid4
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from orchestrator.job import FINISHED, IllegalSwitch, Reason, Status, run_status
-from orchestrator.store.rows import NewJob, NewRun, Progress
+from orchestrator.store.rows import NewJob, NewRun, Progress, Report
 from orchestrator.store.store import NoSuchJob, StaleAttempt, Store
-from workers.types import StepDone, Validated
+from workers.types import BadInput, StepDone, Validated
 
 KEY = "5" * 64
 
@@ -31,14 +34,9 @@ def step_done(step: int, loss: float = 1.0, attempt: int = 1) -> StepDone:
 
 
 @pytest.fixture
-def path(tmp_path):
-    return tmp_path / "home" / "chorus.db"
-
-
-@pytest.fixture
-def store(path):
+def store(store_url):
     ticks = itertools.count(1)
-    opened = Store(f"sqlite:///{path}", clock=lambda: float(next(ticks)))
+    opened = Store(store_url, clock=lambda: float(next(ticks)))
     yield opened
     opened.close()
 
@@ -74,9 +72,9 @@ def test_submit_same_key_after_the_end_makes_a_new_run(store, job):
     assert [row.status for row in store.runs()] == [Status.WAITING, Status.FAILED]
 
 
-def test_submit_from_many_processes_at_once_makes_one_run(path):
+def test_submit_by_many_at_once_in_a_new_store_makes_one_run(store_url):
     def submit(_: int) -> str:
-        store = Store.open(path)
+        store = Store(store_url)
         run = store.submit(pipeline())
         store.close()
         return run
@@ -98,8 +96,8 @@ def test_store_opened_while_another_process_makes_it_waits_for_it(tmp_path):
         opened.result().close()
 
 
-def test_store_opened_again_still_has_everything(store, path, job):
-    again = Store.open(path)
+def test_store_opened_again_still_has_everything(store, store_url, job):
+    again = Store(store_url)
     assert again.jobs() == store.jobs()
     assert again.events(job) == store.events(job)
     again.close()
@@ -152,10 +150,10 @@ def test_placed_begins_an_attempt_on_a_host_and_waiting_leaves_it(store, job):
     assert store.switch_status(job, Reason.PLACED, host="h2").started_at == placed.started_at
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.lists(st.sampled_from(list(Reason)), max_size=12))
-def test_any_sequence_of_reasons_keeps_events_and_row_in_agreement(reasons):
-    store = Store("sqlite://")
-    job = store.jobs(store.submit(pipeline()))[0].id
+def test_any_sequence_of_reasons_keeps_events_and_row_in_agreement(store, reasons):
+    job = store.jobs(store.submit(pipeline(uuid4().hex)))[0].id
     for reason in reasons:
         try:
             store.switch_status(job, reason)
@@ -165,7 +163,6 @@ def test_any_sequence_of_reasons_keeps_events_and_row_in_agreement(reasons):
     assert events[-1].after is store.job(job).status
     assert all(later.before is earlier.after for earlier, later in itertools.pairwise(events))
     assert all(event.before not in FINISHED or event.before is event.after for event in events)
-    store.close()
 
 
 def test_write_progress_of_a_stale_attempt_changes_nothing(store, job):
@@ -175,6 +172,86 @@ def test_write_progress_of_a_stale_attempt_changes_nothing(store, job):
     store.write_progress(job, 2, Progress(4, 10, 0.5, 300.0))
     row = store.job(job)
     assert (row.step, row.num_steps, row.loss, row.tokens_per_second) == (4, 10, 0.5, 300.0)
+
+
+def test_write_reports_of_a_stale_attempt_are_dropped_and_those_beside_them_written(store, job):
+    other = f"{store.job(job).run}.both"
+    finish(store, job, Reason.PLACED, Reason.HOST_LOST, Reason.PLACED)
+    finish(store, other, Reason.PLACED)
+    stale = Report(job, 1, "series-a", (step_done(9, attempt=1),), Progress(9))
+    fresh = Report(other, 1, "series-both", (step_done(3), Validated("both", 1, 3, 0.4)), Progress(3, 7))
+    store.write_reports([stale, fresh])
+    assert (store.job(job).step, store.metrics(job)) == (0, ())
+    assert (store.job(other).step, store.job(other).num_steps) == (3, 7)
+    assert [(row.step, row.eval_loss) for row in store.metrics(other)] == [(3, 0.4)]
+
+
+def test_submit_same_token_after_the_end_is_the_first_run(store):
+    first = store.submit(replace(pipeline(), token="mine"))
+    finish(store, f"{first}.a", Reason.CANCELLED_BY_USER)
+    finish(store, f"{first}.both", Reason.PARENT_FAILED)
+    assert store.submit(replace(pipeline(), token="mine")) == first
+    assert len(store.runs()) == 1
+
+
+def test_submit_same_content_under_two_tokens_is_two_runs(store):
+    assert store.submit(replace(pipeline(), token="one")) != store.submit(replace(pipeline(), token="two"))
+
+
+def test_submit_other_content_under_a_used_token_is_refused(store):
+    first = store.submit(replace(pipeline(), token="mine"))
+    with pytest.raises(BadInput, match=f"--key mine: it was used to submit {first}"):
+        store.submit(replace(pipeline("6" * 64), token="mine"))
+    assert len(store.runs()) == 1
+
+
+def test_submit_same_token_by_many_at_once_makes_one_run(store_url):
+    def submit(_: int) -> str:
+        store = Store(store_url)
+        run = store.submit(replace(pipeline(), token="mine"))
+        store.close()
+        return run
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(submit, range(16)))) == 1
+
+
+def test_events_cannot_be_changed_or_removed(store, job):
+    before = store.events(job)
+    for words in ("UPDATE events SET who = 'nobody'", "DELETE FROM events"):
+        with pytest.raises(DBAPIError, match="append-only"), store._writer.begin() as db:
+            db.execute(text(words))
+    assert store.events(job) == before
+
+
+def test_set_priority_writes_who_and_from_what_to_what(store, job):
+    store.set_priority(job, 80, who="ann")
+    store.set_priority(job, 80, who="ann")
+    _, changed = store.events(job)
+    assert (changed.who, changed.before, changed.after) == ("ann", Status.WAITING, Status.WAITING)
+    assert (store.job(job).priority, changed.message) == (80, "priority 5 -> 80 by ann")
+
+
+def test_unfinished_jobs_that_are_known_are_read_anew_in_all_that_changes(store, job):
+    known = {row.id: row for row in store.unfinished_jobs()}
+    finish(store, job, Reason.PLACED)
+    assert store.unfinished_jobs(known=known) == store.unfinished_jobs()
+    assert next(row for row in store.unfinished_jobs(known=known) if row.id == job).plan == {"steps": []}
+
+
+def test_last_event_moves_with_every_submission_and_switch(store, job):
+    seen = [store.last_event()]
+    finish(store, job, Reason.PLACED)
+    seen.append(store.last_event())
+    store.submit(pipeline("7" * 64))
+    assert sorted({*seen, store.last_event()}) == [*seen, store.last_event()]
+
+
+def test_board_shows_what_was_put_up_last(store):
+    assert store.board("hosts") is None
+    store.show("hosts", [1])
+    store.show("hosts", [2, {"a": None}])
+    assert store.board("hosts").value == [2, {"a": None}]
 
 
 def test_finish_step_twice_keeps_the_first_result(store, job):
@@ -191,17 +268,17 @@ def test_finished_steps_of_a_choice_gives_only_those_recorded(store, job):
     assert set(store.finished_steps()) == {"s1"}
 
 
-def test_request_cancel_stays_open_until_closed(store, job):
-    store.request_cancel(job, who="ann")
+def test_request_stays_open_until_closed(store, job):
+    store.request(job, "priority", who="ann", value=80)
     (request,) = store.open_requests()
-    assert (request.job, request.kind, request.who) == (job, "cancel", "ann")
+    assert (request.job, request.kind, request.who, request.value) == (job, "priority", "ann", 80)
     store.close_request(request.id)
     assert store.open_requests() == ()
 
 
-def test_request_cancel_of_a_finished_job_does_nothing(store, job):
+def test_request_of_a_finished_job_does_nothing(store, job):
     finish(store, job, Reason.CANCELLED_BY_USER)
-    store.request_cancel(job)
+    store.request(job, "cancel")
     assert store.open_requests() == ()
 
 

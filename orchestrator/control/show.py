@@ -1,0 +1,91 @@
+"""What the controller shows of itself in the store, for commands that look: its hosts, the line of jobs.
+
+Written when it changes, and now and then so that one sees that it lives. Nobody decides by it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from orchestrator.control.fleet import Host
+from orchestrator.control.work import Work
+from orchestrator.scheduler import Decision, Snapshot
+from orchestrator.store.store import Store
+
+NAME = "controller"
+SNAPSHOT = "snapshot"
+SHOW_SECONDS = 1.0
+"""No more often than this, however much changes."""
+JOBS_A_SECOND = 500
+"""A long line is written less often: it is text of some hundred bytes a job."""
+ALIVE_SECONDS = 15.0
+_SNAPSHOT = TypeAdapter(Snapshot)
+
+
+class Board:
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._since = work.clock()
+        self._shown: dict[str, Any] | None = None
+        self._decided_on: Any = None
+        self._at = 0.0
+
+    def show(self, snapshot: Snapshot, decision: Decision) -> None:
+        """Hosts with who sits there, the jobs that wait, the first in line first, and what was decided on."""
+        now = self._work.clock()
+        if 0 <= now - self._at < max(SHOW_SECONDS, len(snapshot.waiting) / JOBS_A_SECOND):
+            return
+        names = {order.job.host_key: order.job.base.name for order in map(self._work.order, self._work.jobs)}
+        value = self._value(
+            [_host(host, names.get(host.base)) for host in self._work.fleet.hosts],
+            [[job, reason.value] for job, reason in decision.refusals.items()],
+        )
+        aboard = [(host.name, [resident.job for resident in host.residents]) for host in snapshot.hosts]
+        decided_on = (snapshot.capacity, aboard, [job.job for job in snapshot.waiting])
+        if (value, decided_on) != (self._shown, self._decided_on) or now - self._at >= ALIVE_SECONDS:
+            self._put(value, now)
+            self._decided_on = decided_on
+            self._work.store.show(SNAPSHOT, _SNAPSHOT.dump_python(snapshot, mode="json"))
+
+    def clear(self) -> None:
+        """The hosts are gone."""
+        self._put(self._value([], []), self._work.clock())
+
+    def _put(self, value: dict[str, Any], now: float) -> None:
+        self._work.store.show(NAME, value)
+        self._shown, self._at = value, now
+
+    def _value(self, hosts: list[dict[str, Any]], line: list[list[str]]) -> dict[str, Any]:
+        where = {"process": os.getpid(), "machine": platform.node(), "since": self._since}
+        return {**where, "hosts": hosts, "line": line}
+
+
+def read_snapshot(store: Store) -> tuple[Snapshot, float] | None:
+    """The last snapshot that was shown, and when; None if there is none that this version can read."""
+    board = store.board(SNAPSHOT)
+    try:
+        return None if board is None else (_SNAPSHOT.validate_python(board.value), board.at)
+    except ValueError:
+        return None
+
+
+def _host(host: Host, base: str | None) -> dict[str, Any]:
+    measured, ready = host.measured, host.ready
+    return {
+        "name": host.name,
+        "base": base or "",
+        "world_size": host.world_size,
+        "zero": ready.zero if ready else None,
+        "state": "ready" if ready else "loading",
+        "slots": host.slots,
+        "residents": sorted(host.residents),
+        "visitors": sorted(host.visitors),
+        "adapter_parameters": sum(host.adapter_parameters.values()),
+        "adapter_room": measured.adapter_parameters if measured else None,
+        "tokens_per_tick": measured.tokens_per_tick if measured else None,
+        "load_seconds": ready.load_seconds if ready else None,
+    }
