@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from orchestrator.contracts import Cluster
+from orchestrator.control.books import Books
 from orchestrator.control.curve_export import Backoff
 from orchestrator.control.fleet import Fleet, Host
 from orchestrator.control.ledger import Ledger
@@ -46,6 +47,7 @@ class Work:
         self.clock = clock
         self.ledger = Ledger(store, home)
         self.fleet = Fleet(cluster)
+        self.books = Books.open(store.scheduling)
         self.flights: dict[str, Flight] = {}
         self.jobs: dict[str, JobRow] = {}
         self.parents: dict[str, Status] = {}
@@ -161,6 +163,11 @@ class Work:
             else:
                 self.fleet.vacate_slot(job.id, attempt)
         self.fleet.vacate(job.id)
+
+    def still_seated(self, job: str) -> bool:
+        """Whether an attempt of the job has not left its slot yet."""
+        host = self.fleet.host_of(job)
+        return host is not None and job in host.residents
 
     # ---- flights ---------------------------------------------------------------------------------------
 

@@ -49,6 +49,7 @@ from orchestrator.store.rows import (
     RunRow,
     StepRow,
 )
+from orchestrator.store.scheduling import SchedulingStore
 from orchestrator.store.schema import migrate
 from orchestrator.store.submitting import submit, write_event
 
@@ -72,6 +73,7 @@ class Store:
         self._clock = clock
         self.patience = patience
         self.curves = CurveStore(engine, patience)
+        self.scheduling = SchedulingStore(engine, patience)
         self._migrate()
 
     @patiently
@@ -88,7 +90,7 @@ class Store:
 
     def wait_for_it(self, seconds: float) -> None:
         """Wait so long for a server that is away, from now on."""
-        self.patience = self.curves.patience = seconds
+        self.patience = self.curves.patience = self.scheduling.patience = seconds
 
     # ---- runs and jobs ----------------------------------------------------------------------------------
 
