@@ -172,6 +172,15 @@ class Store:
         return tuple(job_row(row, fresh.get(row["id"]) or heavy_of(known[row["id"]])) for row in rows)
 
     @patiently
+    def latest_paces(self, count: int) -> tuple[tuple[str, str | None, float], ...]:
+        """(host key of its base, host if it sits on one, tokens a second) of the jobs last seen training."""
+        t = tables.jobs.c
+        query = select(t.plan, t.host, t.tokens_per_second).where(t.tokens_per_second.is_not(None))
+        query = query.order_by(t.submitted_at.desc(), t.id).limit(count)
+        with self._engine.connect() as db:
+            return tuple((row[0]["job"]["host_key"], row[1], row[2]) for row in db.execute(query))
+
+    @patiently
     def last_event(self) -> int:
         """Number of the newest event: as long as it stays, no status changed and nothing was submitted."""
         with self._engine.connect() as db:
