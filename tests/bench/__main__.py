@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-CASES = ("ticks", "tokens", "residents", "bytes", "joins", "memory", "jobs")
+CASES = ("ticks", "tokens", "residents", "bytes", "joins", "memory", "jobs", "controller")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 """A rank has one thread, in the benchmarks as on a host."""
 
@@ -75,6 +75,10 @@ def _case(name: str) -> Callable:
         from tests.bench.memory import memory
 
         return memory
+    if name == "controller":
+        from tests.bench.controller import controller
+
+        return controller
     from tests.bench.jobs import jobs
 
     return jobs
