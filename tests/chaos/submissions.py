@@ -68,6 +68,7 @@ class Chaos:
     """Exit codes of commands that were not killed and not acknowledged."""
     commands: int = 0
     clients: list[Client] = field(default_factory=list)
+    lives: tuple[float, float] = CONTROLLER_LIVES
     controller: int | None = None
     controller_dies_at: float = 0.0
 
@@ -85,7 +86,7 @@ class Chaos:
 
     # ---- what lives, and for how long ----
 
-    def run(self, store_every: int, control: bool = True) -> None:
+    def run(self, store_every: int) -> None:
         """Until every submission is acknowledged; the store's server dies after each so many of them."""
         due = store_every
         while self.waiting or self.clients:
@@ -93,15 +94,24 @@ class Chaos:
             while self.waiting and len(self.clients) < AT_ONCE:
                 self.give(self.waiting.pop(), now)
             self.hear(now)
-            if control:
-                self.tend_controller(now)
+            self.tend_controller(now)
             if len(self.acknowledged) >= due:
                 due += store_every
                 self.server.kill()
                 self.kills["store server"] += 1
                 self.server.start()
             time.sleep(0.001)
-        self.end_controller()
+
+    def work_on(self, seconds: float, finished: int) -> None:
+        """Let controllers live longer until so many jobs have finished, for so long at most."""
+        self.lives = (seconds / 3, seconds / 2)
+        with closing(Store(self.url)) as store:
+            deadline = time.monotonic() + seconds
+            while time.monotonic() < deadline:
+                self.tend_controller(time.monotonic())
+                if sum(job.status.finished for job in store.jobs()) >= finished:
+                    break
+                time.sleep(0.5)
 
     def give(self, token: str, now: float) -> None:
         out = self.folder / f"{token}.out"
@@ -142,7 +152,7 @@ class Chaos:
             here = ClusterChoice(local=True)
             out = self.folder / "controller.out"
             self.controller = forked(lambda: serve(real_parts(), self.home, here, console()), out)
-            self.controller_dies_at = now + self.chance.uniform(*CONTROLLER_LIVES)
+            self.controller_dies_at = now + self.chance.uniform(*self.lives)
 
     def end_controller(self) -> None:
         if self.controller is not None:
@@ -200,13 +210,15 @@ def recipe(number: int) -> dict[str, Any]:
 
 
 def case(folder: Path, small: bool, seed: int) -> Outcome:
-    count, store_every = (16, 6) if small else (1000, 33)
+    count, store_every, finished = (16, 6, 1) if small else (1000, 33, 10)
     server = Postgres()  # with its real settings: what it acknowledged must outlive it
     began = time.monotonic()
     try:
         chaos = Chaos(folder, server, random.Random(seed), count)
         with tracking_server.start(chaos.home.folder) as tracking:
             chaos.run(store_every)
+            chaos.work_on(180.0, finished)
+            chaos.end_controller()
             found = chaos.found()
             versions = MlflowRegistry(tracking.url).versions()
     finally:
@@ -240,6 +252,7 @@ def case(folder: Path, small: bool, seed: int) -> Outcome:
         ],
         [
             Target("SIGKILLs", kills, 1 if small else 200),
+            Target("jobs finished meanwhile", found["finished"], finished),
             Target("submissions lost", found["lost"], 0, at_least=False),
             Target("submissions doubled", found["doubled"], 0, at_least=False),
             Target("jobs with a broken history of statuses", found["broken histories"], 0, at_least=False),
