@@ -61,6 +61,12 @@ class Decision:
     preempt: dict[str, str] = field(default_factory=dict[str, str])
     """Resident that has to leave -> the job that goes first."""
 
+    @property
+    def moves(self) -> bool:
+        """Whether acting on it changes anything: if not, the same snapshot need not be decided on again."""
+        moves = (self.start_hosts, self.placements, self.start_tasks, self.free, self.close_hosts)
+        return any(moves) or bool(self.preempt)
+
 
 def schedule(snapshot: Snapshot) -> Decision:
     turn = Turn(snapshot)

@@ -38,6 +38,8 @@ from orchestrator.store.store import Store
 from workers.types import BadInput
 
 TICK_SECONDS = 0.1
+DECIDE_SECONDS = 1.0
+"""What depends on the clock alone (waits, shares, idle hosts) is looked at so often."""
 LET_GO_SECONDS = 30.0
 TOO_LARGE_PATIENCE = 30.0
 """Seconds a job that needs more ranks than the cluster shows stays queued: a node may be just coming up."""
@@ -65,6 +67,7 @@ class Controller:
         self._steps = Steps(work, Registration(registry, work.ledger, self._curves, home), self._backoff)
         self._policy = PolicyFile(home / "teams.yaml")
         self._board = Board(work)
+        self._decided_at = float("-inf")
         self._redone: set[str] = set()
         self._too_large_since: dict[str, float] = {}
 
@@ -112,24 +115,34 @@ class Controller:
         self._requeue(Reason.CONTROLLER_RESTARTED)
 
     def tick(self) -> bool:
-        """One round; False when every job has finished and has left its host."""
+        """One round; False when every job has finished and has left its host.
+
+        Nothing is decided anew while nothing has changed but steps and the clock, for a second at most.
+        """
         work = self._work
-        work.refresh(self._run)
-        self._heed_requests()
-        self._stop_overdue()
+        changed = work.refresh(self._run)
+        changed |= self._heed_requests()
         for host in work.fleet.hosts:
-            hear(work, host)
-        self._steps.hear_tasks(self._guard)
-        waiting = self._advance()
-        policy = self._policy.read()
-        self._keep_books(waiting, policy)
-        snapshot = picture.snapshot(work, policy, waiting)
-        decision = schedule(snapshot)
-        self._act(decision, {job.job: job for job in waiting})
-        self._board.show(snapshot, decision)
+            changed |= hear(work, host)
+        changed |= self._steps.hear_tasks(self._guard)
+        if changed or not 0 <= work.clock() - self._decided_at < DECIDE_SECONDS:
+            self._decide()
         self._curves.tick([work.order(job) for job in work.jobs])
         self._end_runs()
         return bool(work.jobs) or any(host.residents for host in work.fleet.hosts)
+
+    def _decide(self) -> None:
+        done = self._work.ledger.changes
+        self._stop_overdue()
+        waiting = self._advance()
+        policy = self._policy.read()
+        self._keep_books(waiting, policy)
+        snapshot = picture.snapshot(self._work, policy, waiting)
+        decision = schedule(snapshot)
+        self._act(decision, {job.job: job for job in waiting})
+        self._board.show(snapshot, decision)
+        settled = done == self._work.ledger.changes and not decision.moves
+        self._decided_at = self._work.clock() if settled else float("-inf")
 
     def close(self) -> None:
         """Stop the hosts, queue what was under way, and export what can still be exported."""
@@ -145,13 +158,16 @@ class Controller:
 
     # ---- moving on -------------------------------------------------------------------------------------
 
-    def _heed_requests(self) -> None:
-        for request in self._work.store.open_requests():
+    def _heed_requests(self) -> bool:
+        """Whether there were any."""
+        requests = self._work.store.open_requests()
+        for request in requests:
             if request.job in self._work.jobs:
                 grant(self._work, request)
             elif not self._work.store.job(request.job).status.finished:
                 continue
             self._work.store.close_request(request.id)
+        return bool(requests)
 
     def _stop_overdue(self) -> None:
         """A job's time runs from its first placement; its last checkpoint stays."""

@@ -38,15 +38,19 @@ from workers.types import (
 MOST_HOST_FAILURES = 3
 """Hosts of one base lost in a row, without a step or a score in between, after which its jobs fail."""
 
+ON_THE_WAY = (StepDone, Validated, CheckpointSaved, OutOfMemory)
+"""Reports after which everything goes on as it was."""
+
 log = logging.getLogger(__name__)
 
 
-def hear(work: Work, host: Host) -> None:
-    """Take in all that a host has reported since the last time."""
+def hear(work: Work, host: Host) -> bool:
+    """Take in all that a host has reported since the last time; whether it bears on what to do next."""
     events = work.cluster.poll(host.name)
     _write_curves(work, events)
     for event in events:
         _hear(work, host, event)
+    return any(not isinstance(event, ON_THE_WAY) for event in events)
 
 
 def _hear(work: Work, host: Host, event: Event) -> None:

@@ -172,14 +172,17 @@ class Steps:
             dtype=base.dtype,
         )
 
-    def hear_tasks(self, guard: Callable[[str], Any]) -> None:
-        """Take in every CPU task that has ended."""
+    def hear_tasks(self, guard: Callable[[str], Any]) -> bool:
+        """Take in every CPU task that has ended; whether one has."""
+        heard = False
         for key, flight in list(self._work.flights.items()):
             result = self._work.cluster.task_result(key) if flight.host is None else None
             if result is not None:
                 del self._work.flights[key]
+                heard = True
                 with guard(flight.job):
                     self._task_ended(flight, result)
+        return heard
 
     def _task_ended(self, flight: Flight, result: TaskResult) -> None:
         step = flight.step

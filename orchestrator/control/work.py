@@ -62,15 +62,15 @@ class Work:
         self._refreshed = 0.0
         self._pauses: dict[str, Backoff] = {}
 
-    def refresh(self, run: str | None) -> None:
-        """Look at the store again: others submit jobs while the controller runs.
+    def refresh(self, run: str | None) -> bool:
+        """Look at the store again, as others submit jobs while the controller runs; whether it has changed.
 
         Its newest event tells whether anything was; the whole is looked at now and then all the same, as two
         transactions of PostgreSQL may commit in another order than they took their numbers.
         """
         last = self.store.last_event()
         if last == self._last_event and self.clock() - self._refreshed < REFRESH_SECONDS:
-            return
+            return False
         self.jobs = {job.id: job for job in self.store.unfinished_jobs(run, known=self.jobs)}
         self.parents = self.store.statuses({p for job in self.jobs.values() for p in job.depends_on})
         self._last_event, self._refreshed = last, self.clock()
@@ -82,6 +82,7 @@ class Work:
                 log.exception("the stored plan of %s cannot be read", job)
                 words = "its stored plan cannot be read by this version of chorus; submit again"
                 self.switch(job, Reason.INTERNAL_ERROR, words)
+        return True
 
     def order(self, job: str) -> Order:
         if job not in self._orders:
