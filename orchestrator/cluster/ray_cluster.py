@@ -179,7 +179,8 @@ class Gang:
         done, _ = ray.wait([self.answer], timeout=seconds if self._placed() else 0)
         if not done:
             return []
-        self.answer = None
+        # Now, however long ago it was asked: the controller may have been kept elsewhere.
+        self.answer, self.heard = None, time.monotonic()
         try:
             polled: Polled = ray.get(done[0])
         except RayError:

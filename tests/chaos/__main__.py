@@ -5,6 +5,7 @@
     python -m tests.chaos draws                    100,000 draws, 50 crashes
     python -m tests.chaos ranks --times 20         ranks killed and stopped, on several raylets
     python -m tests.chaos nodes                    raylets killed under two hosts; the head killed
+    python -m tests.chaos tracking                 the MLflow server stopped for 600 s (--times: seconds)
 
 `--small` is the size that the suite runs. The exit code is 0 when the record is written, whatever it says.
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 from tests.bench.record import Machine, Outcome, write
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
-CASES = ("submissions", "saves", "draws", "ranks", "nodes")
+CASES = ("submissions", "saves", "draws", "ranks", "nodes", "tracking")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -45,3 +45,17 @@ def test_cluster_rank_stopped_is_found_within_twice_the_timeout_and_taken_away(
 def test_hang_seconds_that_are_none_are_refused(text):
     with pytest.raises(BadInput, match=VARIABLE):
         hang_seconds({VARIABLE: text})
+
+
+def test_cluster_that_was_not_polled_for_longer_than_the_timeout_has_lost_no_host(
+    ray_cluster, base, monkeypatch
+):
+    monkeypatch.setenv(VARIABLE, "1")
+    ray_cluster.start_host("unheard", base, 1)
+    poll_until(ray_cluster, "unheard", lambda event: isinstance(event, HostReady))
+    gang = ray_cluster._gangs["unheard"]
+    assert gang.answer is not None or ray_cluster.poll("unheard") == []
+    gang.answer = gang.answer or gang.ranks[0].poll.remote(gang.after)
+    gang.heard = time.monotonic() - 60.0  # as if the controller had been kept elsewhere for a minute
+    assert not [event for event in ray_cluster.poll("unheard") if isinstance(event, HostFailed)]
+    ray_cluster.stop_host("unheard")
