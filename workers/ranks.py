@@ -14,8 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-COLLECTIVE_TIMEOUT = timedelta(seconds=120)
-"""A hung peer is found after this long; torch's default is 30 minutes."""
+from workers.hang import hang_seconds
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,8 @@ def connect(rank: int, world_size: int, address: str, port: int) -> Ranks:
         MASTER_PORT=str(port),
     )
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group(_backend(), rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+        timeout = timedelta(seconds=hang_seconds())
+        dist.init_process_group(_backend(), rank=rank, world_size=world_size, timeout=timeout)
     return Ranks(rank, world_size)
 
 

@@ -19,7 +19,9 @@ from workers.rules import as_given
 from workers.types import DatasetSpec, DistillSpec, Teacher
 
 EXPORT_EVERY = 3.0
-"""Seconds between two looks for new points."""
+"""Seconds between two looks for new points, at least."""
+JOBS_A_SECOND = 2.0
+"""Each job's points are requests to the registry: with many jobs they go more rarely, more at a time."""
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
 
 log = logging.getLogger(__name__)
@@ -67,6 +69,7 @@ class CurveExport:
         try:
             pending = self._store.curves.pending()
             late = [order for order in orders if order.series in pending]
+            self._next += max(0.0, len(late) / JOBS_A_SECOND - EXPORT_EVERY)
             spoke = [self._end_runs(), *(self.flush(order) for order in late)]
             if any(spoke):
                 self._backoff.worked()

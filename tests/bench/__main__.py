@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-CASES = ("ticks", "tokens", "residents", "bytes", "joins", "memory", "operators", "jobs")
+CASES = ("ticks", "tokens", "residents", "bytes", "joins", "memory", "operators", "jobs", "controller")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 """A rank has one thread, in the benchmarks as on a host."""
 
@@ -83,6 +83,10 @@ def _case(name: str) -> Callable:
         from tests.bench.operators import operators
 
         return operators
+    if name == "controller":
+        from tests.bench.controller import controller
+
+        return controller
     from tests.bench.jobs import jobs
 
     return jobs
