@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from orchestrator.disk import is_full
-from workers.types import BadInput, BaseSpec, Command, EvaluationReport, Event, Task
+from workers.types import BadInput, BaseSpec, Command, EvaluationReport, EvaluationSpec, Event, Task
 
 # ---- cluster ------------------------------------------------------------------------------------------
 
@@ -138,6 +138,10 @@ class NewVersion:
     parents: Sequence[str] = ()
     """`name/version` of fused parents."""
     fusion_report: Mapping[str, Any] | None = None
+    controls: Mapping[str, Sequence[Scores]] = field(default_factory=dict[str, Sequence[Scores]])
+    """What a fused version is compared with, by name (`random`, `joint`, a parent's `name/version`)."""
+    tasks: Mapping[str, EvaluationSpec] = field(default_factory=dict[str, EvaluationSpec])
+    """Task -> how its rows are read: what the version needs to answer them."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,37 @@ class AdapterVersion:
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     """`<task>/<metric>` -> value, and the base's own under `base/<task>/<metric>`; `@` is written `_at_`."""
     created_ms: int = 0
+
+
+@dataclass(frozen=True)
+class ReleaseRecord:
+    """One move of `champion`, as it was written down before it was made. Never changed afterwards."""
+
+    number: int
+    """1 for the first move of a name."""
+    name: str
+    kind: Literal["promote", "rollback"]
+    source: int
+    """Version that was champion; 0 for none."""
+    target: int
+    who: str
+    """user@machine."""
+    when_ms: int
+    reason: str
+    figures: Mapping[str, float]
+    digests: Mapping[str, str]
+    """Of the target: its bytes, base, recipe, data."""
+    done: bool
+    """False while the move is under way, or was interrupted; the next command carries it out."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something in the registry that is not as it was made."""
+
+    name: str
+    version: int | None
+    words: str
 
 
 class Registry(Protocol):
@@ -220,4 +255,22 @@ class Registry(Protocol):
 
     def rollback(self, name: str, reason: str) -> AdapterVersion:
         """Swap `champion` and `previous`, with a release record. Raises NoSuchVersion without a previous."""
+        ...
+
+    def history(self, name: str) -> Sequence[ReleaseRecord]:
+        """Every move of the champion of a name, oldest first; those that lost a race are not among them."""
+        ...
+
+    # ---- what holds for a whole name, or for all ----
+
+    def conditions(self, name: str) -> Mapping[str, Any]:
+        """What every version of a name must meet, beside its recipe's gates (`judgement.read_conditions`)."""
+        ...
+
+    def set_conditions(self, name: str, conditions: Mapping[str, Any]) -> None:
+        """Raises NoSuchVersion for a name without versions."""
+        ...
+
+    def audit(self, name: str | None = None) -> Sequence[Problem]:
+        """Every stored byte, tag and alias against what was registered; empty if nothing was altered."""
         ...

@@ -40,6 +40,8 @@ METRICS: dict[str, Metric] = {
 }
 OF_REPLIES = frozenset({"rouge_l", "chrf"})
 """Measured on generated replies, so only where some are generated."""
+OF_THE_CORPUS = frozenset({"chrf"})
+"""Not made of figures of single rows, so no interval over rows is known."""
 
 
 def metrics_of(task_type: TaskType) -> tuple[str, ...]:

@@ -24,16 +24,40 @@ SHORTEST = 16
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """How the targets of some rows count in a step, where that is not by their number alone."""
+
+    target_tokens: int
+    """Of these rows, over all ranks and micro-batches: the loss is their mean ..."""
+    weight: float
+    """... times this."""
+    teacher: int | None = None
+    """The slot of the adapter that reads them too; None for the labels alone."""
+    labels: float = 1.0
+    temperature: float = 1.0
+
+    @property
+    def readings(self) -> int:
+        """How often a pass reads a row."""
+        return 1 if self.teacher is None else 2
+
+
+@dataclass(frozen=True)
 class Chunk:
     """Rows of one job's step that share a padded length T; `rows[rank]` may be empty on some ranks."""
 
     padded_length: int
     rows: tuple[tuple[Row, ...], ...]
+    lesson: Lesson | None = None
+
+    @property
+    def readings(self) -> int:
+        return self.lesson.readings if self.lesson else 1
 
     @property
     def tokens(self) -> int:
-        """Padded tokens of the fullest rank."""
-        return self.padded_length * self.rows_per_rank
+        """Padded tokens of the fullest rank, a teacher's reading of them included."""
+        return self.padded_length * self.rows_per_rank * self.readings
 
     @property
     def rows_per_rank(self) -> int:
@@ -43,7 +67,7 @@ class Chunk:
     @property
     def padded_tokens(self) -> int:
         """Padded tokens over all ranks."""
-        return self.padded_length * sum(len(rows) for rows in self.rows)
+        return self.padded_length * sum(len(rows) for rows in self.rows) * self.readings
 
 
 @dataclass(frozen=True)
@@ -79,7 +103,9 @@ def close_length(tokens: int) -> int:
     return max(SHORTEST, -(-tokens // step) * step)
 
 
-def cut_step(rows: Sequence[Row], world_size: int, chunk_tokens: int, longest: int) -> list[Chunk]:
+def cut_step(
+    rows: Sequence[Row], world_size: int, chunk_tokens: int, longest: int, lesson: Lesson | None = None
+) -> list[Chunk]:
     """One step's rows as chunks, longest first, rows in batch order within each.
 
     Depends on the job's own rows, the number of ranks and the base file's `chunk_tokens` only. No chunk
@@ -92,10 +118,11 @@ def cut_step(rows: Sequence[Row], world_size: int, chunk_tokens: int, longest: i
     for row, length in zip(rows, lengths, strict=True):
         by_length.setdefault(padded_to[length], []).append(row)
     chunks: list[Chunk] = []
+    row_tokens = chunk_tokens // (lesson.readings if lesson else 1)
     for length, same in sorted(by_length.items(), reverse=True):
-        size = world_size * max(1, chunk_tokens // length)
+        size = world_size * max(1, row_tokens // length)
         chunks += [
-            Chunk(length, _deal(same[start : start + size], world_size))
+            Chunk(length, _deal(same[start : start + size], world_size), lesson)
             for start in range(0, len(same), size)
         ]
     return chunks

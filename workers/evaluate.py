@@ -87,14 +87,17 @@ def _chat(judge: _Judge, spec: EvaluationSpec) -> EvaluationReport:
         "perplexity": math.exp(min(loss, 700.0)),  # e^710 is past the largest double
         "token_accuracy": sum(score.correct for score in scores) / sum(score.tokens for score in scores),
     }
-    replies = _replies(judge, dialogues, spec.max_new_tokens)
+    columns = _likelihood_rows(scores) | {"correct": tuple(float(score.correct) for score in scores)}
+    replies, references = _replies(judge, dialogues, spec.max_new_tokens), [d.reference for d in dialogues]
     if dialogues:
-        found |= metrics.reply_metrics(replies, [dialogue.reference for dialogue in dialogues])
+        replied = metrics.reply_rows(replies, references)
+        found |= metrics.means(replied) | {"chrf": metrics.corpus_chrf(replies, references)}
+        columns |= {name: tuple(values) for name, values in replied.items()}
     predictions = tuple(
         {"prompt": dialogue.words, "reference": dialogue.reference, "reply": reply}
         for dialogue, reply in zip(dialogues, replies, strict=True)
     )
-    return EvaluationReport("chat", found, len(rows), predictions)
+    return EvaluationReport("chat", found, len(rows), predictions, row_scores=columns)
 
 
 def _classification(judge: _Judge, spec: EvaluationSpec) -> EvaluationReport:
@@ -104,7 +107,11 @@ def _classification(judge: _Judge, spec: EvaluationSpec) -> EvaluationReport:
     logs = [[score.log_likelihood for score in row] for row in scores]
     predicted = [labels[_argmax(row)] for row in logs]
     found = metrics.classification_metrics(truth, predicted, labels)
-    found["loss"] = _loss([row[labels.index(label)] for row, label in zip(scores, truth, strict=True)])
+    right = [row[labels.index(label)] for row, label in zip(scores, truth, strict=True)]
+    found["loss"] = _loss(right)
+    columns = _likelihood_rows(right)
+    for name, words in (("truth", truth), ("predicted", predicted)):
+        columns[name] = tuple(float(labels.index(word)) for word in words)
     predictions = tuple(
         {
             "text": row["text"],
@@ -115,7 +122,7 @@ def _classification(judge: _Judge, spec: EvaluationSpec) -> EvaluationReport:
         for row, guess, log in zip(rows, predicted, logs, strict=True)
     )
     table = metrics.confusion(truth, predicted, labels)
-    return EvaluationReport("classification", found, len(rows), predictions, labels, table)
+    return EvaluationReport("classification", found, len(rows), predictions, labels, table, columns)
 
 
 def _recommendation(judge: _Judge, spec: EvaluationSpec) -> EvaluationReport:
@@ -123,8 +130,11 @@ def _recommendation(judge: _Judge, spec: EvaluationSpec) -> EvaluationReport:
     targets = [row["candidates"].index(row["target"]) for row in rows]
     scores = _choice_scores(judge, choices)
     logs = [[score.log_likelihood for score in row] for row in scores]
-    found = metrics.ranking_metrics(logs, targets)
-    found["loss"] = _loss([row[target] for row, target in zip(scores, targets, strict=True)])
+    ranked = metrics.ranking_rows(logs, targets)
+    found = metrics.means(ranked)
+    right = [row[target] for row, target in zip(scores, targets, strict=True)]
+    found["loss"] = _loss(right)
+    columns = _likelihood_rows(right) | {name: tuple(values) for name, values in ranked.items()}
     predictions = tuple(
         {
             "prompt": messages(spec.datasets[0], row)[-2]["content"],
@@ -135,7 +145,7 @@ def _recommendation(judge: _Judge, spec: EvaluationSpec) -> EvaluationReport:
         }
         for row, target, log in zip(rows, targets, logs, strict=True)
     )
-    return EvaluationReport("recommendation", found, len(rows), predictions)
+    return EvaluationReport("recommendation", found, len(rows), predictions, row_scores=columns)
 
 
 # ---- reading: no collectives, so that a rank can fail without its peers waiting ---------------------
@@ -209,6 +219,14 @@ def _replies(judge: _Judge, dialogues: Sequence[Dialogue], max_new_tokens: int) 
 def _loss(scores: Sequence[Likelihood]) -> float:
     """Mean negative log-likelihood over all target tokens, as training has it."""
     return -math.fsum(score.log_likelihood for score in scores) / sum(score.tokens for score in scores)
+
+
+def _likelihood_rows(scores: Sequence[Likelihood]) -> dict[str, tuple[float, ...]]:
+    """Of each row's target: negative log-likelihood in nats, and tokens."""
+    return {
+        "nll": tuple(-score.log_likelihood for score in scores),
+        "tokens": tuple(float(score.tokens) for score in scores),
+    }
 
 
 def _argmax(values: Sequence[float]) -> int:

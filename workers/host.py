@@ -15,18 +15,21 @@ import torch
 from workers import checkpoint
 from workers.adapter import Adapter, read_adapter
 from workers.base import Base, load_base
-from workers.capacity import Capacity, chunk_tokens
-from workers.compose import MicroBatch, compose, cut_step
+from workers.capacity import Capacity
+from workers.compose import MicroBatch, compose
 from workers.evaluate import evaluate
+from workers.fuse import fuse_folders
 from workers.lora import Segment
 from workers.manifest import verify_folder
 from workers.passes import Passes
 from workers.ranks import Ranks
 from workers.resident import Resident, settle
+from workers.search import Search, best_plan, fused_by, key_of, read_table, write_table
 from workers.step import Share, forward_only, reduce_gradients, target_count
 from workers.together import Problem, on_all, on_first
 from workers.types import (
     Attach,
+    BadInput,
     BaseSpec,
     CheckpointSaved,
     Close,
@@ -42,6 +45,9 @@ from workers.types import (
     JobSpec,
     JobStopped,
     OutOfMemory,
+    SearchDone,
+    SearchTask,
+    SearchWeights,
     StopCode,
     TrainingFinished,
 )
@@ -61,6 +67,7 @@ class Host:
         self._passes = Passes(base, ranks)
         self._credit: dict[str, int] = {}
         self._slots = count()
+        self._searches: dict[str, Search] = {}
 
     @classmethod
     def load(cls, base: BaseSpec, ranks: Ranks) -> Host:
@@ -70,7 +77,7 @@ class Host:
 
     @property
     def busy(self) -> bool:
-        return bool(self.residents)
+        return bool(self.residents or self._searches)
 
     def close(self) -> None:
         self.residents.clear()
@@ -79,6 +86,13 @@ class Host:
     # -- the tick --------------------------------------------------------------------------------------
 
     def tick(self) -> list[Event]:
+        """The residents train, and every search makes a trial."""
+        events = self._train() if self.residents else []
+        for request in list(self._searches):
+            events += self._search_on(request)
+        return events
+
+    def _train(self) -> list[Event]:
         """One composition over the residents, then a step for every job whose batch is complete."""
         composition = compose(
             {job: resident.chunks for job, resident in self.residents.items()},
@@ -183,11 +197,8 @@ class Host:
 
     def _validate(self, resident: Resident) -> float:
         """Mean loss over the validation rows, without neighbours."""
-        tokens = target_count(resident.validation)
-        share = Share(resident.slot, 0, 0, 0.0, tokens)
-        chunks = cut_step(
-            resident.validation, self.ranks.world_size, chunk_tokens(self.base.spec), self.base.longest
-        )
+        share = Share(resident.slot, 0, 0, 0.0, target_count(resident.validation))
+        chunks = resident.validation_chunks(self.base, self.ranks)
         total = torch.zeros((), dtype=torch.float64, device=self.base.device)
         for chunk in chunks:
             micro_batch = MicroBatch(chunk.padded_length, (("validation", chunk),))
@@ -206,6 +217,10 @@ class Host:
                 return self._detach(job, attempt)
             case Evaluate():
                 return [self._evaluate(command)]
+            case SearchWeights(request, spec):
+                # Rank 0 reads the table: what it holds decides the weights that all ranks try.
+                self._searches[request] = Search(spec)
+                return []
             case Close():
                 self.close()
                 return []
@@ -220,10 +235,12 @@ class Host:
             return [JobStopped(spec.job, spec.attempt, 0, "internal_error", "the host has no free slot")]
         found = checkpoint.newest(Path(spec.checkpoint_dir)) if self.ranks.rank == 0 else None
         path, slot = self.ranks.broadcast(found), next(self._slots)
-        resident, problem = on_all(self.ranks, lambda: settle(self.base, spec, slot, path))
+        readers = len(spec.distill.teachers) if spec.distill and spec.distill.labels < 1 else 0
+        teachers = tuple(next(self._slots) for _ in range(readers))
+        resident, problem = on_all(self.ranks, lambda: settle(self.base, spec, slot, teachers, path))
         problem = problem or self._too_large(resident)
         if problem:
-            self.base.slots.free(slot)
+            self._free(slot, *teachers)
             return [JobStopped(spec.job, spec.attempt, 0, *problem)]
         self.residents[spec.job] = resident
         return [resident.attached(), *resident.reports, *self._go_on(resident)]
@@ -265,6 +282,61 @@ class Host:
         with base.adapters.rows(segments), torch.no_grad():
             return evaluate(base.model, base.tokenizer, self.ranks, command.evaluation, base.device)
 
+    # -- searching -------------------------------------------------------------------------------------
+
+    def _search_on(self, request: str) -> list[Event]:
+        """The next trial of a search; the fused adapter once there are enough."""
+        search = self._searches[request]
+        _, problem = on_all(self.ranks, lambda: self._try_next(search))
+        problem = problem or on_first(self.ranks, lambda: write_table(search))
+        if problem:
+            del self._searches[request]
+            return [EvaluationFailed(request, problem[1])]
+        if not search.finished:
+            return []
+        del self._searches[request]
+        task = best_plan(search)
+        report, problem = on_all(self.ranks, lambda: fuse_folders(task) if self.ranks.rank == 0 else {})
+        if report is None:
+            assert problem is not None
+            return [EvaluationFailed(request, problem[1])]
+        return [SearchDone(request, {**self.ranks.broadcast(report), "search": search.report()})]
+
+    def _try_next(self, search: Search) -> Search:
+        """Parents' own scores first, or what a former attempt has of them; then a trial a call."""
+        tasks, folders = search.spec.tasks, search.spec.plan.adapter_dirs
+        if not search.trials and not search.parents:
+            former = self.ranks.broadcast(read_table(search.spec) if self.ranks.rank == 0 else None)
+            search.parents, search.trials = former.parents, former.trials
+        if not search.parents:
+            search.parents = {
+                key_of(task): self._metric(task, read_adapter(Path(folder)))
+                for task, folder in zip(tasks, folders, strict=True)
+            }
+        if not search.finished:
+            weights = self.ranks.broadcast(search.next_weights() if self.ranks.rank == 0 else None)
+            fused = fused_by(search.spec.plan, search.spec.groups, weights)
+            search.trials.append(search.judge(weights, {key_of(t): self._tried(t, fused) for t in tasks}))
+        return search
+
+    def _tried(self, task: SearchTask, adapter: Adapter) -> float | None:
+        """None for weights that yield no finite scores: the parents were scored, so the rows are good."""
+        try:
+            return self._metric(task, adapter)
+        except BadInput:
+            return None
+
+    def _metric(self, task: SearchTask, adapter: Adapter) -> float:
+        slot = next(self._slots)
+        self.base.slots.load(slot, adapter)
+        try:
+            with self.base.adapters.rows([Segment(slot, 0, ALL_ROWS)]), torch.no_grad():
+                base = self.base
+                report = evaluate(base.model, base.tokenizer, self.ranks, task.evaluation, base.device)
+        finally:
+            self.base.slots.free(slot)
+        return report.metrics[task.metric]
+
     # -- leaving, saving, and what can go wrong --------------------------------------------------------
 
     def _export(self, resident: Resident) -> Adapter:
@@ -291,4 +363,8 @@ class Host:
     def _leave(self, resident: Resident) -> None:
         del self.residents[resident.spec.job]
         self._credit.pop(resident.spec.job, None)
-        self.base.slots.free(resident.slot)
+        self._free(resident.slot, *resident.teachers)
+
+    def _free(self, *slots: int) -> None:
+        for slot in slots:
+            self.base.slots.free(slot)

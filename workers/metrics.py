@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,15 +27,24 @@ class _Words:
         return [word for word in self._split(text.lower()).split() if any(map(str.isalnum, word))]
 
 
-def reply_metrics(replies: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """`rouge_l`: mean ROUGE-L F1, 0 to 1. `chrf`: corpus chrF2, 0 to 100."""
+def means(rows: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The mean over rows of each figure."""
+    return {name: float(np.mean(values)) for name, values in rows.items()}
+
+
+def corpus_chrf(replies: Sequence[str], references: Sequence[str]) -> float:
+    """chrF2 over all replies together, 0 to 100."""
+    return float(CHRF().corpus_score(list(replies), [list(references)]).score)
+
+
+def reply_rows(replies: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
+    """`rouge_l`: ROUGE-L F1 of each reply, 0 to 1."""
     # It brings nltk, two seconds that a host without dialogues need not spend.
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
-    f1 = [scorer.score(ref, reply)["rougeL"].fmeasure for ref, reply in zip(references, replies, strict=True)]
-    chrf = CHRF().corpus_score(list(replies), [list(references)]).score
-    return {"rouge_l": sum(f1) / len(f1), "chrf": float(chrf)}
+    pairs = zip(references, replies, strict=True)
+    return {"rouge_l": [float(scorer.score(ref, reply)["rougeL"].fmeasure) for ref, reply in pairs]}
 
 
 def classification_metrics(
@@ -54,16 +63,15 @@ def confusion(
     return tuple(map(tuple, confusion_matrix(truth, predicted, labels=list(labels)).tolist()))
 
 
-def ranking_metrics(scores: Sequence[Sequence[float]], targets: Sequence[int]) -> dict[str, float]:
-    """Mean over rows of Hit@1, NDCG@5 and reciprocal rank; `targets[i]` is the right index of `scores[i]`.
+def ranking_rows(scores: Sequence[Sequence[float]], targets: Sequence[int]) -> dict[str, list[float]]:
+    """Hit@1, NDCG@5 and reciprocal rank of each row; `targets[i]` is the right index of `scores[i]`.
 
     With one right answer a row, its average precision is its reciprocal rank.
     """
-    hits, gains, reciprocals = [], [], []
+    found: dict[str, list[float]] = {"hit_at_1": [], "ndcg_at_5": [], "mrr": []}
     for row, target in zip(scores, targets, strict=True):
         preds, relevant = np.array([row]), np.arange(len(row))[None] == target
-        hits.append(float(preds.argmax() == target))
-        gains.append(ndcg_score(relevant, preds, k=5))
-        reciprocals.append(label_ranking_average_precision_score(relevant, preds))
-    means = {"hit_at_1": hits, "ndcg_at_5": gains, "mrr": reciprocals}
-    return {name: float(np.mean(values)) for name, values in means.items()}
+        found["hit_at_1"].append(float(preds.argmax() == target))
+        found["ndcg_at_5"].append(float(ndcg_score(relevant, preds, k=5)))
+        found["mrr"].append(float(label_ranking_average_precision_score(relevant, preds)))
+    return found

@@ -7,28 +7,47 @@ import math
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from workers import checkpoint
+from workers.adapter import read_adapter
 from workers.base import Base
 from workers.capacity import chunk_tokens
-from workers.compose import Chunk, cut_step
+from workers.compose import Chunk, Lesson, cut_step
 from workers.data import encode_all
-from workers.manifest import CorruptFolder
+from workers.head import returns_logits_as_they_are
+from workers.manifest import CorruptFolder, verify_folder
 from workers.optim import JobOptimizer
 from workers.order import batch_samples, num_steps, steps_per_epoch
 from workers.ranks import Ranks
 from workers.rows import Row
 from workers.step import Share, target_count
-from workers.types import Attached, BadInput, JobSpec, StepDone, Validated
+from workers.types import Attached, BadInput, DatasetSpec, JobSpec, StepDone, Validated
 
 log = logging.getLogger(__name__)
+FROZEN = 10 / 18
+"""What a teacher's parameter holds of a trained one's memory: no moments, so 10 bytes of 18, or 8 of 16."""
 TOLD_AGAIN = 1000
 """Reports a checkpoint carries. Several checkpoints may be written while the listener is busy elsewhere, so
 those since the last one are not enough; it may miss this many before it is killed."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """Rows that every step draws from: a plain job has one, a distillation one for each teacher."""
+
+    rows: list[Row]
+    validation: list[Row]
+    batch_size: int
+    lesson: Lesson | None = None
+    """How they count; its `target_tokens` are filled in batch by batch."""
+
+    def lesson_of(self, batch: list[Row]) -> Lesson | None:
+        return replace(self.lesson, target_tokens=target_count(batch)) if self.lesson else None
 
 
 @dataclass
@@ -37,8 +56,7 @@ class Resident:
 
     spec: JobSpec
     slot: int
-    rows: list[Row]
-    validation: list[Row]
+    courses: tuple[Course, ...]
     num_steps: int
     optimizer: JobOptimizer
     step: int = 0
@@ -54,6 +72,10 @@ class Resident:
     loss: Tensor | float = 0.0
     """This rank's part of the current step's loss so far, on the device."""
     started: float = 0.0
+    teachers: tuple[int, ...] = ()
+    """Slots of a distillation's teachers."""
+    teacher_parameters: int = 0
+    """What these hold, in parameters of a trained adapter."""
     reports: deque[StepDone | Validated] = field(default_factory=lambda: deque(maxlen=TOLD_AGAIN))
     """The latest, in order, those of former attempts included."""
 
@@ -62,8 +84,17 @@ class Resident:
         return self.step >= self.num_steps
 
     @property
+    def train_rows(self) -> int:
+        return sum(len(course.rows) for course in self.courses)
+
+    @property
+    def validation(self) -> list[Row]:
+        return [row for course in self.courses for row in course.validation]
+
+    @property
     def adapter_parameters(self) -> int:
-        return self.optimizer.slot.weights.numel()
+        """In memory: its own, and its teachers' for what they hold."""
+        return self.optimizer.slot.weights.numel() + self.teacher_parameters
 
     @property
     def share(self) -> Share:
@@ -72,15 +103,28 @@ class Resident:
 
     def begin_step(self, base: Base, ranks: Ranks) -> None:
         """Draw the step's batch and cut it into chunks."""
-        training = self.spec.training
-        samples = batch_samples(training.seed, self.step, len(self.rows), training.global_batch_size)
-        batch = [self.rows[sample] for sample in samples]
-        self.chunks = cut_step(batch, ranks.world_size, self.chunk_tokens, base.longest)
-        self.target_tokens = target_count(batch)
-        self.tokens = sum(len(row.input_ids) for row in batch)
+        self.chunks, self.target_tokens, self.tokens = [], 0, 0
+        for course in self.courses:
+            samples = batch_samples(self.spec.training.seed, self.step, len(course.rows), course.batch_size)
+            batch = [course.rows[sample] for sample in samples]
+            lesson = course.lesson_of(batch)
+            self.chunks += cut_step(batch, ranks.world_size, self.chunk_tokens, base.longest, lesson)
+            self.target_tokens += target_count(batch)
+            self.tokens += sum(len(row.input_ids) for row in batch) * (lesson.readings if lesson else 1)
+        self.chunks.sort(key=lambda chunk: -chunk.padded_length)  # as a tick packs them
         self.padded_tokens = sum(chunk.padded_tokens for chunk in self.chunks)
         self.loss = 0.0
         self.started = self.started or time.monotonic()
+
+    def validation_chunks(self, base: Base, ranks: Ranks) -> list[Chunk]:
+        """All validation rows, by their labels alone."""
+        chunks: list[Chunk] = []
+        for course in self.courses:
+            lesson = course.lesson_of(course.validation)
+            by_labels = replace(lesson, teacher=None, labels=1.0) if lesson else None
+            size = chunk_tokens(base.spec)
+            chunks += cut_step(course.validation, ranks.world_size, size, base.longest, by_labels)
+        return chunks
 
     def begin_step_again(self, base: Base, ranks: Ranks) -> None:
         """Drop what the current step has summed up so far, and begin it anew."""
@@ -124,8 +168,8 @@ class Resident:
     # -- events ----------------------------------------------------------------------------------------
 
     def attached(self) -> Attached:
-        spec, trainable = self.spec, self.adapter_parameters
-        return Attached(spec.job, spec.attempt, self.step, self.num_steps, len(self.rows), trainable)
+        spec, trainable = self.spec, self.optimizer.slot.weights.numel()
+        return Attached(spec.job, spec.attempt, self.step, self.num_steps, self.train_rows, trainable)
 
     def validated(self, loss: float) -> Validated:
         report = Validated(self.spec.job, self.spec.attempt, self.step, loss)
@@ -136,19 +180,21 @@ class Resident:
         """Whether something done `per_epoch` times an epoch, and at the very end, is due after this step."""
         if self.finished:
             return True
-        every = max(
-            1, steps_per_epoch(len(self.rows), self.spec.training.global_batch_size) // max(1, per_epoch)
-        )
+        epoch = steps_per_epoch(self.train_rows, sum(course.batch_size for course in self.courses))
+        every = max(1, epoch // max(1, per_epoch))
         return per_epoch > 0 and self.step % every == 0
 
 
-def settle(base: Base, spec: JobSpec, slot: int, resume_from: Path | None) -> Resident:
+def settle(
+    base: Base, spec: JobSpec, slot: int, teachers: tuple[int, ...], resume_from: Path | None
+) -> Resident:
     """Read the job's data, fill its slot, and go on from a checkpoint if there is one. No collectives.
 
-    Raises BadInput for data or hyper-parameters that cannot be used, CorruptFolder for a torn checkpoint.
+    `teachers` are slots, one for each adapter of a distillation that is to be read. Raises BadInput for data
+    or hyper-parameters that cannot be used, CorruptFolder for a torn checkpoint.
     """
     try:
-        return _settle(base, spec, slot, resume_from)
+        return _settle(base, spec, slot, teachers, resume_from)
     except (BadInput, CorruptFolder, OSError):
         raise
     except Exception as error:  # whatever one job brings along, the others stay resident
@@ -157,18 +203,23 @@ def settle(base: Base, spec: JobSpec, slot: int, resume_from: Path | None) -> Re
         raise BadInput(f"the job cannot start ({words}); correct its recipe or its data") from error
 
 
-def _settle(base: Base, spec: JobSpec, slot: int, resume_from: Path | None) -> Resident:
+def _settle(
+    base: Base, spec: JobSpec, slot: int, teachers: tuple[int, ...], resume_from: Path | None
+) -> Resident:
     training = spec.training
     if training.sequence_len > base.longest:
         raise BadInput(
             f"sequence_len: {training.sequence_len} is longer than the base allows ({base.longest} tokens)"
         )
-    rows = encode_all(base.tokenizer, spec.train, training.sequence_len)
-    validation = encode_all(base.tokenizer, spec.validation, training.sequence_len) if spec.validation else []
     optimized = base.slots.create(slot, spec.adapter, training.seed)
-    steps = num_steps(training, len(rows))
-    resident = Resident(spec, slot, rows, validation, steps, JobOptimizer(optimized, training, steps))
-    resident.chunk_tokens = chunk_tokens(base.spec)
+    courses = _courses(base, spec, teachers)
+    steps = num_steps(training, sum(len(course.rows) for course in courses))
+    resident = Resident(spec, slot, courses, steps, JobOptimizer(optimized, training, steps))
+    resident.chunk_tokens, resident.teachers = chunk_tokens(base.spec), teachers
+    frozen = sum(base.slots[teacher].weights.numel() for teacher in teachers)
+    resident.teacher_parameters = math.ceil(frozen * FROZEN)
+    if spec.distill is not None and spec.distill.start and resume_from is None:
+        _start_from(base, slot, Path(spec.distill.start))
     if resume_from is not None:
         saved = checkpoint.load(resume_from)
         base.slots.overwrite(slot, saved.adapter)
@@ -179,3 +230,46 @@ def _settle(base: Base, spec: JobSpec, slot: int, resume_from: Path | None) -> R
         told.sort(key=lambda report: report.step)
         resident.reports.extend(replace(report, attempt=spec.attempt) for report in told)
     return resident
+
+
+def _courses(base: Base, spec: JobSpec, teachers: tuple[int, ...]) -> tuple[Course, ...]:
+    def encoded(datasets: tuple[DatasetSpec, ...], first: int = 0) -> list[Row]:
+        rows = encode_all(base.tokenizer, datasets, spec.training.sequence_len) if datasets else []
+        return [replace(row, sample=row.sample + first) for row in rows] if first else rows
+
+    distill = spec.distill
+    if distill is None:
+        batch = spec.training.global_batch_size
+        return (Course(encoded(spec.train), encoded(spec.validation), batch),)
+    if teachers and not returns_logits_as_they_are(base.model.config):
+        raise BadInput("distillation: this base changes the logits of its head, which is not supported yet")
+    total = sum(teacher.weight for teacher in distill.teachers)
+    courses: list[Course] = []
+    for teacher, slot in zip_longest(distill.teachers, teachers):
+        # Samples are numbered over all rows of the job: dropout's masks are drawn by them.
+        rows = encoded(teacher.train, sum(len(course.rows) for course in courses))
+        lesson = Lesson(0, teacher.weight / total, slot, distill.labels, distill.temperature)
+        courses.append(Course(rows, encoded(teacher.validation), teacher.batch_size, lesson))
+        if slot is not None:
+            verify_folder(Path(teacher.adapter_dir))
+            base.slots.load(slot, read_adapter(Path(teacher.adapter_dir)))
+    return tuple(courses)
+
+
+def _start_from(base: Base, slot: int, folder: Path) -> None:
+    """Give the student the delta of a saved adapter; ranks it has beyond that begin as a fresh one's.
+
+    Both scalings are folded into A and B alike. Raises BadInput if the adapter does not fit into the slot.
+    """
+    verify_folder(folder)
+    adapter, values = read_adapter(folder), base.slots[slot].values()
+    for name, (a, b) in adapter.factors.items():
+        if name not in values or len(a) > len(values[name][0]):
+            raise BadInput(
+                f"{folder}: module '{name}' of rank {len(a)} does not fit into the adapter that is to start "
+                "from it; give that at least this rank and the same target modules"
+            )
+        fold = math.sqrt(adapter.scaling(name) / base.slots[slot].factors[name].scaling)
+        values[name][0][: len(a)] = a * fold
+        values[name][1][:, : len(a)] = b * fold
+    base.slots[slot].refresh()

@@ -2,13 +2,15 @@
 
 The loss of a job's batch is the sum over its target tokens divided by the batch's target-token count, which
 is known before the first micro-batch; so cutting a batch over micro-batches, ticks and ranks changes nothing,
-and gradients are summed over ranks, never averaged. Shapes: R rows of T tokens, P target positions, V words.
+and gradients are summed over ranks, never averaged. Rows that have a teacher are read by it first, in a pass
+of its own without a gradient, which leaves the last hidden states at their targets; so a teacher costs one
+reading, no backward pass and no logits. Shapes: R rows of T tokens, P target positions, V words.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from workers.base import Base
 from workers.compose import MicroBatch
 from workers.dropout import DropoutKey
-from workers.head import target_loss
+from workers.head import Taught, target_hidden, target_loss
 from workers.lora import Segment
 from workers.ranks import Ranks
 from workers.rows import Row
@@ -35,6 +37,17 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Span:
+    """One job's targets [start, stop) among P. Each counts `weight / target_tokens` in its job's loss."""
+
+    job: str
+    start: int
+    stop: int
+    weight: float
+    target_tokens: int
+
+
+@dataclass(frozen=True)
 class Batch:
     """This rank's part of a micro-batch. A rank without rows runs one dummy row of weight 0."""
 
@@ -43,8 +56,7 @@ class Batch:
     labels_P: Tensor
     weights_P: Tensor
     segments: tuple[Segment, ...]
-    spans: tuple[tuple[str, int, int], ...]
-    """(job, start, stop) into P."""
+    spans: tuple[Span, ...]
 
 
 def forward_backward(
@@ -52,11 +64,12 @@ def forward_backward(
 ) -> dict[str, Tensor]:
     """Accumulate every present job's gradient. Returns this rank's part of each job's loss (scalars)."""
     batch = build_batch(micro_batch, ranks.rank, shares, base.pad_id)
+    taught = _read_by_teachers(base, ranks, micro_batch, shares, batch)
     with base.adapters.rows(batch.segments):
-        total, losses_P = _losses(base, batch)
+        total, losses_P = _losses(base, batch, taught)
         # Inside: with activation checkpointing the way back runs the layers forward once more.
         total.backward()
-    return _by_job(batch, losses_P, shares)
+    return _by_job(batch, losses_P)
 
 
 @torch.no_grad()
@@ -66,7 +79,7 @@ def forward_only(
     """The losses alone, for validation."""
     batch = build_batch(micro_batch, ranks.rank, shares, base.pad_id)
     with base.adapters.rows(batch.segments):
-        return _by_job(batch, _losses(base, batch)[1], shares)
+        return _by_job(batch, _losses(base, batch)[1])
 
 
 def reduce_gradients(ranks: Ranks, weights: Sequence[nn.Parameter]) -> None:
@@ -85,18 +98,22 @@ def reduce_gradients(ranks: Ranks, weights: Sequence[nn.Parameter]) -> None:
 def build_batch(micro_batch: MicroBatch, rank: int, shares: Mapping[str, Share], pad_id: int) -> Batch:
     length = micro_batch.padded_length
     rows: list[Row] = []
-    segments, spans = [], []
+    segments: list[Segment] = []
+    spans: list[Span] = []
     targets: list[tuple[int, int, float]] = []
     for job, chunk in micro_batch.chunks:
         share, mine = shares[job], chunk.rows[rank]
+        weight, count = 1.0, share.target_tokens
+        if chunk.lesson:
+            weight, count = chunk.lesson.weight, chunk.lesson.target_tokens
         first_target = len(targets)
         for row in mine:
-            targets += _targets(row, len(rows), length, 1 / share.target_tokens)
+            targets += _targets(row, len(rows), length, weight / count)
             rows.append(row)
         if mine:
             keys = _dropout_keys(mine, share) if share.dropout else ()
             segments.append(Segment(share.slot, len(rows) - len(mine), len(rows), keys))
-            spans.append((job, first_target, len(targets)))
+            spans.append(Span(job, first_target, len(targets), weight, count))
     targets = targets or [(0, 0, 0.0)]
     positions, labels, weights = zip(*targets, strict=True)
     return Batch(
@@ -131,19 +148,57 @@ def _padded(sequences: Sequence[Sequence[int]], length: int, pad_id: int) -> Ten
     return torch.tensor([[*sequence, *[pad_id] * (length - len(sequence))] for sequence in sequences])
 
 
-def _losses(base: Base, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The weighted sum of all targets' cross-entropies, to go back from, and each one [P]."""
+def _read_by_teachers(
+    base: Base, ranks: Ranks, micro_batch: MicroBatch, shares: Mapping[str, Share], batch: Batch
+) -> tuple[Taught, ...]:
+    """This rank's targets that have a teacher, once it has read them. Collective if any chunk has one."""
+    lessons = {job: chunk.lesson for job, chunk in micro_batch.chunks if chunk.readings > 1}
+    if not lessons:
+        return ()
+    rows = MicroBatch(
+        micro_batch.padded_length, tuple(item for item in micro_batch.chunks if item[0] in lessons)
+    )
+    readers = {
+        job: replace(shares[job], slot=lesson.teacher, dropout=0.0)
+        for job, lesson in lessons.items()
+        if lesson is not None and lesson.teacher is not None
+    }
+    read = build_batch(rows, ranks.rank, readers, base.pad_id)
+    with base.adapters.rows(read.segments):
+        hidden_QH = target_hidden(
+            base.model, read.positions_P.to(base.device), input_ids=read.input_ids_RT.to(base.device)
+        )
+    own = {span.job: span for span in batch.spans}
+    return tuple(
+        Taught(
+            own[span.job].start,
+            own[span.job].stop,
+            hidden_QH[span.start : span.stop],
+            lesson.labels,
+            lesson.temperature,
+        )
+        for span in read.spans
+        if (lesson := lessons[span.job])
+    )
+
+
+def _losses(base: Base, batch: Batch, taught: tuple[Taught, ...] = ()) -> tuple[Tensor, Tensor]:
+    """The weighted sum of all targets' losses, to go back from, and each one [P]."""
     device = base.device
     return target_loss(
         base.model,
         batch.positions_P.to(device),
         batch.labels_P.to(device),
         batch.weights_P.to(device),
+        taught,
         input_ids=batch.input_ids_RT.to(device),
     )
 
 
-def _by_job(batch: Batch, losses_P: Tensor, shares: Mapping[str, Share]) -> dict[str, Tensor]:
+def _by_job(batch: Batch, losses_P: Tensor) -> dict[str, Tensor]:
     """Each job's part of its batch loss, summed in float64 so that the order of rows does not show."""
     exact_P = losses_P.double()
-    return {job: exact_P[start:stop].sum() / shares[job].target_tokens for job, start, stop in batch.spans}
+    return {
+        span.job: exact_P[span.start : span.stop].sum() * span.weight / span.target_tokens
+        for span in batch.spans
+    }

@@ -102,6 +102,34 @@ class TrainingSpec:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """A frozen adapter, and the rows that it teaches a student: every step takes `batch_size` of them."""
+
+    adapter_dir: str
+    train: tuple[DatasetSpec, ...]
+    validation: tuple[DatasetSpec, ...]
+    batch_size: int
+    weight: float = 1.0
+    """Of its rows' mean loss, relative to the other teachers' weights."""
+
+
+@dataclass(frozen=True)
+class DistillSpec:
+    """Train one adapter against others on the same base (Hinton et al., arXiv 1503.02531 section 2).
+
+    At a target with teacher p and student q, softened by `temperature` T, and label y:
+    labels * CE(q_1, y) + (1 - labels) * T^2 * KL(p_T || q_T).
+    """
+
+    teachers: tuple[Teacher, ...]
+    temperature: float = 1.0
+    labels: float = 0.5
+    """From 0 to 1. 1: the labels alone, no teacher is read; that is training on all the rows jointly."""
+    start: str = ""
+    """Adapter folder the student starts from; empty for a fresh one. Its rank is `AdapterSpec.r` at most."""
+
+
+@dataclass(frozen=True)
 class JobSpec:
     """What a host needs to train one attempt of one job."""
 
@@ -115,6 +143,8 @@ class JobSpec:
     """Holds `step-<n>` folders; the newest one that verifies is resumed from."""
     weight: int = 50
     """Share of a tick's tokens, relative to the other residents' weights."""
+    distill: DistillSpec | None = None
+    """Then the rows are its teachers', and `train` and `validation` are empty."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +157,49 @@ class EvaluationSpec:
     """Chat only: longest generated reply."""
     generate_samples: int = 32
     """Chat only: how many replies are generated for ROUGE-L and chrF."""
+
+
+@dataclass(frozen=True)
+class FuseTask:
+    """Fuse adapter folders into `out_dir` (PEFT layout, with `fusion.json`). See `workers.fuse`."""
+
+    adapter_dirs: tuple[str, ...]
+    weights: tuple[float, ...]
+    rule: str
+    rank: int | None
+    """Target rank of the `svd` rule; None for rules that keep the exact sum."""
+    out_dir: str
+    groups: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    """(part of a module's name, a weight an adapter): where the first one occurs, it takes the place of
+    `weights`. Empty: `weights` hold for every module."""
+
+
+@dataclass(frozen=True)
+class SearchTask:
+    """One task that a search judges its fusions on; task i is what adapter i of the plan was trained for."""
+
+    task: str
+    metric: str
+    lower_is_better: bool
+    evaluation: EvaluationSpec
+    """Validation rows: the test rows are for what comes out."""
+    floor: float = 0.0
+    """Share of the parent's score that must be kept."""
+
+
+@dataclass(frozen=True)
+class SearchSpec:
+    """Find weights for a fusion plan, by trials on the resident base, and make the best one's adapter."""
+
+    plan: FuseTask
+    """Its weights are those of the first trial."""
+    tasks: tuple[SearchTask, ...]
+    trials: int
+    trials_dir: str
+    """Keeps the table of trials, from which a search goes on."""
+    groups: tuple[str, ...] = ()
+    """Parts of module names that get weights of their own; empty for one weight an adapter."""
+    seed: int = 0
 
 
 # ---- commands: orchestrator -> host -----------------------------------------------------------------
@@ -155,11 +228,19 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class SearchWeights:
+    """Search on the resident base, a trial between two ticks; ends with SearchDone or EvaluationFailed."""
+
+    request: str
+    search: SearchSpec
+
+
+@dataclass(frozen=True)
 class Close:
     pass
 
 
-Command = Attach | Detach | Evaluate | Close
+Command = Attach | Detach | Evaluate | SearchWeights | Close
 
 
 # ---- events: host -> orchestrator -------------------------------------------------------------------
@@ -221,7 +302,7 @@ class StepDone:
     grad_norm: float
     learning_rate: float
     tokens: int
-    """Real (unpadded) tokens of the batch, prompt included."""
+    """Real (unpadded) tokens of the batch, prompt included; what a teacher reads too counts twice."""
     seconds: float
     skipped: bool = False
     """True when the gradient was not finite and the step was left out."""
@@ -300,6 +381,11 @@ class EvaluationReport:
     labels: tuple[str, ...] = ()
     confusion: tuple[tuple[int, ...], ...] = ()
     """Classification: rows are truth, columns are prediction, both in the order of `labels`."""
+    row_scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
+    """What the metrics are made of, one figure a row, in the order of the rows; two adapters pair by it.
+
+    `nll` (nats) and `tokens` of the target; chat: `correct` tokens, and `rouge_l` of the rows replied to;
+    classification: `truth` and `predicted` as places in `labels`; recommendation: its metrics of each row."""
 
 
 @dataclass(frozen=True)
@@ -307,6 +393,15 @@ class EvaluationDone:
     request: str
     report: EvaluationReport
     seconds: float
+
+
+@dataclass(frozen=True)
+class SearchDone:
+    """The best trial's adapter is in the plan's `out_dir`."""
+
+    request: str
+    report: Mapping[str, Any]
+    """The fusion's report; `search` has the table of trials."""
 
 
 @dataclass(frozen=True)
@@ -325,22 +420,10 @@ class HostFailed:
 JobEvent = (
     Attached | StepDone | Validated | CheckpointSaved | OutOfMemory | TrainingFinished | Detached | JobStopped
 )
-Event = HostReady | HostMeasured | JobEvent | EvaluationDone | EvaluationFailed | HostFailed
+Event = HostReady | HostMeasured | JobEvent | EvaluationDone | SearchDone | EvaluationFailed | HostFailed
 
 
 # ---- CPU tasks that need no base in memory: run anywhere, pure files in, files out --------------------
-
-
-@dataclass(frozen=True)
-class FuseTask:
-    """Fuse adapter folders into `out_dir` (PEFT layout, with `fusion.json`). See `workers.fuse`."""
-
-    adapter_dirs: tuple[str, ...]
-    weights: tuple[float, ...]
-    rule: str
-    rank: int | None
-    """Target rank of the `svd` rule; None for rules that keep the exact sum."""
-    out_dir: str
 
 
 @dataclass(frozen=True)

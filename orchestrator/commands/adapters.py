@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from orchestrator.commands.errors import Refused
+from orchestrator.commands.filters import Filters, chosen
 from orchestrator.commands.home import Home
 from orchestrator.commands.output import Format, emit, figure, grid, moment
 from orchestrator.commands.parts import Parts
@@ -35,18 +36,19 @@ def find(registry: Registry, reference: str) -> AdapterVersion:
 # ---- showing --------------------------------------------------------------------------------------------
 
 
-def list_adapters(parts: Parts, home: Home, name: str | None, format: Format) -> None:
-    """All versions, or those of one name."""
+def list_adapters(parts: Parts, home: Home, filters: Filters, format: Format) -> None:
+    """The versions that all filters let through."""
     versions: Sequence[AdapterVersion] = ()
     if (home.folder / "mlflow").is_dir():
         with parts.registry(home) as registry:
-            versions = registry.versions(name)
+            versions = chosen(registry.versions(filters.name), filters)
 
     def table(out: Console) -> None:
         if versions:
             out.print(grid(LIST_COLUMNS, [_cells(version) for version in versions], right=("version",)))
         else:
-            out.print(f"no adapters in {home.folder}; `chorus run FILE` makes some", soft_wrap=True)
+            asked = "no adapters that fit" if filters != Filters() else "no adapters"
+            out.print(f"{asked} in {home.folder}; `chorus run FILE` makes some", soft_wrap=True)
 
     emit([version_view(version) for version in versions], format, table)
 

@@ -12,7 +12,17 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from orchestrator.commands.adapters_cli import adapters_app
 from orchestrator.commands.home import Home
+from orchestrator.commands.options import (
+    DEFAULT_HOME,
+    SETTINGS,
+    HomeFolder,
+    Output,
+    Reference,
+    RegisteredName,
+    StoreUrl,
+)
 from orchestrator.commands.output import Format, console, emit
 from orchestrator.commands.parts import ClusterChoice
 
@@ -36,13 +46,6 @@ class Commands(TyperGroup):
             raise typer.Exit(code) from None
 
 
-SETTINGS: dict[str, Any] = {
-    "no_args_is_help": True,
-    "add_completion": False,
-    # rich takes 0.1 s to import, and its tracebacks would hide the line that matters.
-    "rich_markup_mode": None,
-    "pretty_exceptions_enable": False,
-}
 app = typer.Typer(
     name="chorus",
     cls=Commands,
@@ -51,30 +54,14 @@ app = typer.Typer(
     "100 failed, 101 not finished, 102 not found, 103 cancelled, 130 Ctrl-C.",
     **SETTINGS,
 )
-adapters_app = typer.Typer(help="Adapter versions in the registry.", **SETTINGS)
 recipe_app = typer.Typer(help="Recipe files.", **SETTINGS)
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(recipe_app, name="recipe")
 
-HomeFolder = Annotated[
-    Path, typer.Option("--home", envvar="CHORUS_HOME", help="Folder of jobs, checkpoints and MLflow.")
-]
-StoreUrl = Annotated[
-    str | None,
-    typer.Option(
-        "--store",
-        envvar="CHORUS_STORE",
-        help="sqlite:///FILE or postgresql://USER@HOST/DATABASE. Left out: chorus.db of the home.",
-    ),
-]
-Output = Annotated[Format, typer.Option("--output", "-o", help="For people or for programs.")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="FILE", help="A recipe or a pipeline.")]
-Reference = Annotated[str, typer.Argument(metavar="NAME@REF", help="NAME@champion, NAME@3 or NAME/3.")]
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="A job's id or name.")]
 JobOrRun = Annotated[str, typer.Argument(metavar="JOB|RUN", help="Id or name of a job or of a run.")]
-RegisteredName = Annotated[str, typer.Argument(help="Registered name.")]
 NewFolder = Annotated[Path, typer.Option(help="A folder that does not exist yet.")]
-DEFAULT_HOME = Path(".chorus")
 
 
 def _home(folder: Path, store: str | None = None) -> Home:
@@ -298,42 +285,6 @@ def priority(
 
 
 # ---- adapters -------------------------------------------------------------------------------------------
-
-
-@adapters_app.command("list")
-def list_adapters(
-    ctx: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="Only versions of this name.")] = None,
-    home: HomeFolder = DEFAULT_HOME,
-    output: Output = Format.table,
-) -> None:
-    """List registered versions."""
-    from orchestrator.commands.adapters import list_adapters as body
-
-    body(ctx.obj, _home(home), name, output)
-
-
-@adapters_app.command()
-def show(
-    ctx: typer.Context, reference: Reference, home: HomeFolder = DEFAULT_HOME, output: Output = Format.table
-) -> None:
-    """Show one version: its scores beside the base's, and what it is bound to."""
-    from orchestrator.commands.adapters import show as body
-
-    body(ctx.obj, _home(home), reference, output)
-
-
-@adapters_app.command()
-def compare(
-    ctx: typer.Context,
-    references: Annotated[list[str], typer.Argument(metavar="NAME@REF...", help="Two versions or more.")],
-    home: HomeFolder = DEFAULT_HOME,
-    output: Output = Format.table,
-) -> None:
-    """Show the scores of several versions side by side."""
-    from orchestrator.commands.adapters import compare as body
-
-    body(ctx.obj, _home(home), references, output)
 
 
 @app.command()

@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
+from orchestrator import judgement
 from orchestrator.commands.errors import Refused
-from orchestrator.contracts import AdapterVersion, NoSuchVersion, Registry
-from orchestrator.gate import Verdict, check
+from orchestrator.contracts import AdapterVersion, NoSuchVersion, Registry, Scores
+from orchestrator.gate import Verdict
+from orchestrator.judgement import Conditions, Evidence, read_conditions
+from orchestrator.registry.evaluations import read_scores
 
 CHAMPION = "champion"
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """What a version's recipe asks of it; keys are `<task>.<metric>`."""
-
-    gates: Mapping[str, str]
-    champion_margin: Mapping[str, float]
-    retention: Mapping[str, str]
-
-
 def judge(registry: Registry, version: AdapterVersion) -> Verdict:
     """The verdict on a version beside the present champion. Raises Refused if its gates are not known."""
-    conditions = conditions_of(registry, version)
+    conditions = [conditions_of(registry, version), of_name(registry, version.name)]
     champion = champion_of(registry, version.name)
-    return check(
-        gates=conditions.gates,
-        champion_margins=conditions.champion_margin,
-        retention=conditions.retention,
-        scores=scores_of(version),
-        parent_scores=_parent_scores(registry, version),
-        champion_scores=None if champion is None else scores_of(champion),
+    evidence = Evidence(
+        scores=_evaluation(registry, version),
+        parents=_parent_scores(registry, version),
+        champion=None if champion is None else _evaluation(registry, champion),
     )
+    return judgement.judge(conditions, evidence)
+
+
+def _evaluation(registry: Registry, version: AdapterVersion) -> Sequence[Scores]:
+    try:
+        return read_scores(registry, version)
+    except NoSuchVersion as error:
+        label = f"{version.name}/{version.version}"
+        raise Refused(f"{label} holds no evaluation report, so nothing is known of its scores") from error
+
+
+def of_name(registry: Registry, name: str) -> Conditions:
+    """What was set for all versions of a name (`chorus adapters gates`)."""
+    return read_conditions(dict(registry.conditions(name)), f"the gates of {name}")
 
 
 def conditions_of(registry: Registry, version: AdapterVersion) -> Conditions:
@@ -51,18 +55,27 @@ def conditions_of(registry: Registry, version: AdapterVersion) -> Conditions:
 
 
 def _of_fusion(fuse: dict[str, Any]) -> Conditions:
-    asked: dict[str, Any] = fuse["evaluation"]
-    return Conditions(asked["gates"], asked["champion_margin"], asked["retention"])
+    """Blocks that came later are absent from older recipes."""
+    asked = fuse["evaluation"]
+    return Conditions(
+        gates=asked["gates"],
+        champion_margin=asked["champion_margin"],
+        non_inferiority=asked.get("non_inferiority", {}),
+        retention=asked["retention"],
+        worst_task=asked.get("worst_task"),
+    )
 
 
 def _of_recipe(recipe: dict[str, Any]) -> Conditions:
-    asked: dict[str, dict[str, Any]] = recipe["evaluation"]
-    gates, margins = asked["gates"], asked["champion_margin"]
-    task = str(recipe["task"])
+    asked, task = recipe["evaluation"], str(recipe["task"])
+
+    def of_task(block: dict[str, Any]) -> dict[str, Any]:
+        return {f"{task}.{key}": value for key, value in block.items()}
+
     return Conditions(
-        gates={f"{task}.{key}": bound for key, bound in gates.items()},
-        champion_margin={f"{task}.{key}": by for key, by in margins.items()},
-        retention={},
+        gates=of_task(asked["gates"]),
+        champion_margin=of_task(asked["champion_margin"]),
+        non_inferiority=of_task(asked.get("non_inferiority", {})),
     )
 
 

@@ -18,6 +18,7 @@ from orchestrator.commands.token_count import tokens_per_row
 from orchestrator.commands.views import STAGES
 from orchestrator.plan.plan import make_plan
 from orchestrator.plan.steps import Plan, PlannedJob
+from orchestrator.recipe.load import LoadedRecipe
 from orchestrator.recipe.pipeline import LoadedPipeline, json_schema, load_pipeline
 
 PLAN_COLUMNS = ("job", "kind", "rows", "steps", "tokens", "adapter", "size", "to do", "done already")
@@ -132,15 +133,30 @@ def _planned_view(job: PlannedJob, pipeline: LoadedPipeline, done: set[str]) -> 
 
 def _tokens(pipeline: LoadedPipeline, job: PlannedJob) -> int | None:
     """About so many tokens will be trained on, prompts included; None if the tokenizer cannot be read."""
-    recipe = pipeline.job(job.name)
     assert job.estimate is not None
-    mean = tokens_per_row(recipe.base.spec.path, recipe.train.datasets, recipe.recipe.sequence_len)
+    if job.kind == "fuse":
+        return _distilled_tokens(pipeline, job.estimate.num_steps)
+    recipe = pipeline.job(job.name)
+    mean = _tokens_per_row(recipe)
     if mean is None:
         return None
     training = recipe.recipe.training_spec()
     if training.num_epochs is not None:
         return round(mean * recipe.train.rows * training.num_epochs)
     return round(mean * job.estimate.num_steps * training.global_batch_size)
+
+
+def _distilled_tokens(pipeline: LoadedPipeline, num_steps: int) -> int | None:
+    """Student and teacher read every row."""
+    means = [_tokens_per_row(recipe) for _, recipe in pipeline.parents()]
+    rows = [parent.rows or recipe.recipe.global_batch_size for parent, recipe in pipeline.parents()]
+    if None in means:
+        return None
+    return round(2 * num_steps * sum(mean * count for mean, count in zip(means, rows, strict=True) if mean))
+
+
+def _tokens_per_row(recipe: LoadedRecipe) -> float | None:
+    return tokens_per_row(recipe.base.spec.path, recipe.train.datasets, recipe.recipe.sequence_len)
 
 
 def _cells(job: Mapping[str, Any]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ STAGES = {
     "train": "trains",
     "evaluate": "scores the adapter",
     "fuse": "fuses",
+    "search": "searches weights",
     "register": "registers",
     "promote": "checks its gates",
     "release": "writes the release",

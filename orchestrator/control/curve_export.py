@@ -8,14 +8,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from typing import Literal
+from typing import Any, Literal
 
 from orchestrator.contracts import MetricPoint, Registry, RegistryUnreachable
 from orchestrator.control.submission import Order
-from orchestrator.plan.steps import EvaluateWhat, FuseWhat
+from orchestrator.plan.steps import EvaluateWhat, FuseWhat, SearchWhat
 from orchestrator.store.rows import Curves, MetricRow, ValidationRow
 from orchestrator.store.store import Store
-from workers.types import DatasetSpec
+from workers.types import DatasetSpec, DistillSpec, Teacher
 
 EXPORT_EVERY = 3.0
 """Seconds between two looks for new points."""
@@ -128,11 +128,27 @@ def params(order: Order) -> dict[str, str]:
     """Hyper-parameters under the names of a recipe, or the plan of a fusion."""
     if order.train is not None:
         spec = order.train.spec
-        return {key: str(value) for key, value in (asdict(spec.adapter) | asdict(spec.training)).items()}
-    what = order.job.step("fuse").what
+        figures = asdict(spec.adapter) | asdict(spec.training) | _distilled(spec.distill)
+        return {key: str(value) for key, value in figures.items()}
+    what = next(step.what for step in order.job.steps if step.id == order.series)
+    if isinstance(what, SearchWhat):
+        searched = {"rule": what.fuse.rule, "rank": str(what.fuse.rank), "weights": "searched"}
+        return {**searched, "trials": str(what.trials), "groups": ", ".join(what.groups)}
     assert isinstance(what, FuseWhat)
     weights = ", ".join(f"{weight:g}" for _, weight in what.adapters)
     return {"rule": what.rule, "rank": str(what.rank), "weights": weights}
+
+
+def _distilled(distill: DistillSpec | None) -> dict[str, Any]:
+    if distill is None:
+        return {}
+    return {
+        "rule": "distill",
+        "weights": ", ".join(f"{teacher.weight:g}" for teacher in distill.teachers),
+        "rows": ", ".join(str(teacher.batch_size) for teacher in distill.teachers),
+        "temperature": distill.temperature,
+        "labels": distill.labels,
+    }
 
 
 def tags(order: Order) -> dict[str, str]:
@@ -155,13 +171,19 @@ def run_inputs(order: Order) -> dict[str, tuple[str, str]]:
     found: dict[str, tuple[str, str]] = {}
     if order.train is not None:
         spec = order.train.spec
-        found["training"] = (_paths(spec.train), order.train.train_digest)
-        found["validation"] = (_paths(spec.validation), order.train.validation_digest)
+        train = [*spec.train, *(rows for t in _teachers(spec.distill) for rows in t.train)]
+        validation = [*spec.validation, *(rows for t in _teachers(spec.distill) for rows in t.validation)]
+        found["training"] = (_paths(train), order.train.train_digest)
+        found["validation"] = (_paths(validation), order.train.validation_digest)
     for step in order.job.steps:
         if isinstance(step.what, EvaluateWhat) and step.kind == "evaluate":
-            context = "test" if order.train is not None else f"test.{step.what.task}"
+            context = "test" if order.job.kind == "train" else f"test.{step.what.task}"
             found[context] = (_paths(step.what.evaluation.datasets), step.what.dataset_digest)
     return {context: entry for context, entry in found.items() if entry[0]}
+
+
+def _teachers(distill: DistillSpec | None) -> tuple[Teacher, ...]:
+    return distill.teachers if distill else ()
 
 
 def _paths(datasets: Sequence[DatasetSpec]) -> str:

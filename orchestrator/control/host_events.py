@@ -29,6 +29,7 @@ from workers.types import (
     HostReady,
     JobStopped,
     OutOfMemory,
+    SearchDone,
     StepDone,
     TrainingFinished,
     Validated,
@@ -63,7 +64,7 @@ def _hear(work: Work, host: Host, event: Event) -> None:
             work.drop_training(event.job, event.attempt)
         case JobStopped():
             _job_stopped(work, event)
-        case EvaluationDone() | EvaluationFailed():
+        case EvaluationDone() | SearchDone() | EvaluationFailed():
             _evaluation_ended(work, host, event)
         case HostFailed():
             lose(work, host, event.message)
@@ -91,7 +92,13 @@ def _write_curves(work: Work, events: Sequence[Event]) -> None:
 
 def _report(work: Work, job: str, attempt: int, found: Sequence[Attached | StepDone | Validated]) -> Report:
     points = tuple(event for event in found if not isinstance(event, Attached))
-    return Report(job, attempt, work.order(job).series, points, _progress(found))
+    return Report(job, attempt, _series(work, job, attempt), points, _progress(found))
+
+
+def _series(work: Work, job: str, attempt: int) -> str:
+    """The training at hand: a fusion may have one for its adapter and one for a control."""
+    flight = work.training(job, attempt)
+    return flight.step.id if flight else work.order(job).series
 
 
 def _progress(found: Sequence[Attached | StepDone | Validated]) -> Progress | None:
@@ -148,18 +155,26 @@ def _job_stopped(work: Work, event: JobStopped) -> None:
         work.switch(event.job, Reason(event.code), words, attempt=event.attempt)
 
 
-def _evaluation_ended(work: Work, host: Host, event: EvaluationDone | EvaluationFailed) -> None:
+def _evaluation_ended(work: Work, host: Host, event: EvaluationDone | SearchDone | EvaluationFailed) -> None:
     flight = work.flights.pop(event.request, None)
     if flight is None:
         return
-    what = flight.step.what
-    assert isinstance(what, EvaluateWhat), f"{event.request} is not an evaluation"
-    if isinstance(event, EvaluationDone):
-        work.host_failures.pop(host.base, None)
-        work.ledger.finish(flight.step.id, flight.step.kind, flight.job, evaluation_result(what, event))
-    elif work.present(flight.job, flight.attempt):
-        words = f"scoring {what.task}: {event.message}"
-        work.switch(flight.job, Reason.BAD_DATA, words, attempt=flight.attempt)
+    step = flight.step
+    if isinstance(event, EvaluationFailed):
+        if work.present(flight.job, flight.attempt):
+            doing = (
+                f"scoring {step.what.task}" if isinstance(step.what, EvaluateWhat) else "searching weights"
+            )
+            work.switch(flight.job, Reason.BAD_DATA, f"{doing}: {event.message}", attempt=flight.attempt)
+        return
+    work.host_failures.pop(host.base, None)
+    if isinstance(event, SearchDone):
+        folder = work.ledger.fusion_dir(step.id)
+        result = work.ledger.adapter_result(folder, report=dict(event.report))
+    else:
+        assert isinstance(step.what, EvaluateWhat), f"{event.request} is not an evaluation"
+        result = evaluation_result(step.what, event)
+    work.ledger.finish(step.id, step.kind, flight.job, result)
 
 
 def lose(work: Work, host: Host, message: str) -> None:

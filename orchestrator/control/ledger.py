@@ -77,6 +77,10 @@ class Ledger:
         """Equal training has one folder, whichever job does it."""
         return self._home / "checkpoints" / step
 
+    def search_dir(self, step: str) -> Path:
+        """Where a search keeps its table of trials."""
+        return self._home / "searches" / step
+
     def fusion_dir(self, step: str) -> Path:
         return self._home / "fusions" / step
 

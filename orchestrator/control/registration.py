@@ -6,19 +6,28 @@ Each may be interrupted anywhere and done again; neither changes a job's status.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.contracts import AdapterVersion, NewVersion, NoSuchVersion, Registry, Scores
+from orchestrator.contracts import (
+    AdapterVersion,
+    NewVersion,
+    NoSuchVersion,
+    Registry,
+    RegistryConflict,
+    Scores,
+)
 from orchestrator.control.curve_export import CurveExport, params, run_inputs, tags
 from orchestrator.control.ledger import Ledger, flat
 from orchestrator.control.submission import Order
-from orchestrator.gate import Finding, Verdict, check
-from orchestrator.plan.steps import PromoteWhat
+from orchestrator.gate import Finding, Verdict
+from orchestrator.judgement import Conditions, Evidence, judge, read_conditions
+from orchestrator.plan.steps import EvaluateWhat, PromoteWhat, TrainWhat
 from orchestrator.registry.card import card
-from workers.types import BadInput
+from orchestrator.registry.evaluations import read_scores
+from workers.types import BadInput, EvaluationSpec
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 GATE_TAG = "gate.status"
@@ -51,6 +60,7 @@ class Registration:
             "model_id": version.model_id,
             "run_id": new.run_id,
             "digest": version.digest,
+            "card": new.card,
         }
 
     def promote(self, order: Order, what: PromoteWhat) -> dict[str, Any]:
@@ -74,14 +84,22 @@ class Registration:
         version = self._planned_version(order, reference)
         return self.registry.download(version, self.home / "downloads" / version.digest)
 
-    def card(self, order: Order) -> str:
+    def released_card(self, order: Order) -> str:
+        """The card that the version was registered with; it tells of the champion of that moment."""
+        registered = self.ledger.result(order.job.step("register").id)
+        return str(registered.get("card") or self._card(order))
+
+    def _card(self, order: Order) -> str:
         """The README.md of a job's version."""
         what, figures = order.registered, params(order)
+        champion = self._champion(what.name)
         return card(
             name=what.name,
             base_model=order.job.base.name or order.job.base.path,
             scores=_portable(self.ledger.scores(what.scores)),
             base_scores=_portable(self.ledger.scores(what.base_scores)),
+            champion=None if champion is None else (_label(champion), self._scores_of(champion)),
+            controls=self._controls(order),
             trained_on={
                 context: _short(path)
                 for context, (path, _) in run_inputs(order).items()
@@ -106,10 +124,32 @@ class Registration:
             scores=self.ledger.scores(what.scores),
             base_scores=self.ledger.scores(what.base_scores),
             recipe_yaml=what.recipe_yaml,
-            card=self.card(order),
+            card=self._card(order),
+            controls=self._controls(order),
+            tasks=_tasks(order),
             parents=self._parents(order),
-            fusion_report=self.ledger.result(what.adapter).get("report"),
+            fusion_report=self._fusion_report(order),
         )
+
+    def _fusion_report(self, order: Order) -> dict[str, Any] | None:
+        """What fused the version, and what it was measured beside; None for a trained one."""
+        if order.job.kind != "fuse":
+            return None
+        what = order.registered
+        report = dict(self.ledger.result(what.adapter).get("report") or {})
+        if order.train is not None:
+            report = {**params(order), **self._start(order.train)}
+        if what.controls:
+            scores = {name: self.ledger.scores(steps) for name, steps in what.controls.items()}
+            report["controls"] = controls(scores)
+        return report
+
+    def _start(self, train: TrainWhat) -> dict[str, Any]:
+        """The report of the sum that a student started from."""
+        if train.start is None:
+            return {}
+        start = self.ledger.result(train.start)["report"]
+        return {"cosines": start["cosines"], "start": start}
 
     def _parents(self, order: Order) -> tuple[str, ...]:
         return tuple(self._parent(order, parent) for parent in order.registered.parents)
@@ -129,6 +169,24 @@ class Registration:
             raise BadInput(f"{reference} is another version than when this job was submitted; submit again")
         return version
 
+    def _controls(self, order: Order) -> dict[str, Sequence[Scores]]:
+        """What a fusion must beat: each parent on its own task, and what was planned beside them."""
+        if order.job.kind != "fuse":
+            return {}
+        promoted = order.job.step("promote").what
+        assert isinstance(promoted, PromoteWhat)
+        own = self.ledger.scores(promoted.parent_scores)
+        parents = dict(zip(self._parents(order), ((score,) for score in own), strict=True))
+        planned = {name: self.ledger.scores(steps) for name, steps in order.registered.controls.items()}
+        return {name: _portable(scores) for name, scores in (planned | parents).items()}
+
+    def _scores_of(self, version: AdapterVersion) -> Sequence[Scores]:
+        """Verified; none of a version that was altered since, which is found out where it matters."""
+        try:
+            return _portable(read_scores(self.registry, version))
+        except (NoSuchVersion, RegistryConflict):
+            return ()
+
     def _champion(self, name: str) -> AdapterVersion | None:
         try:
             return self.registry.version(name, CHAMPION)
@@ -136,14 +194,41 @@ class Registration:
             return None
 
     def _judge(self, what: PromoteWhat, champion: AdapterVersion | None) -> Verdict:
-        return check(
-            gates=what.gates,
-            champion_margins=what.champion_margin,
-            retention=what.retention,
-            scores=flat(self.ledger.scores(what.scores)),
-            parent_scores=flat(self.ledger.scores(what.parent_scores)),
-            champion_scores=None if champion is None else _champion_scores(champion),
+        of_name = read_conditions(dict(self.registry.conditions(what.name)), f"the gates of {what.name}")
+        asked = Conditions(
+            what.gates, what.champion_margin, what.non_inferiority, what.retention, what.worst_task
         )
+        evidence = Evidence(
+            scores=self.ledger.scores(what.scores),
+            parents=flat(self.ledger.scores(what.parent_scores)),
+            champion=None if champion is None else read_scores(self.registry, champion),
+        )
+        return judge([asked, of_name], evidence)
+
+
+def _label(version: AdapterVersion) -> str:
+    return f"{version.name}/{version.version}"
+
+
+def _tasks(order: Order) -> dict[str, EvaluationSpec]:
+    """Task -> how its rows are read."""
+    steps = [step.what for step in order.job.steps if isinstance(step.what, EvaluateWhat)]
+    return {what.task: what.evaluation for what in steps}
+
+
+def controls(scores: Mapping[str, Sequence[Scores]]) -> dict[str, Any]:
+    """Every control's figures by `<task>.<metric>`, and the parent that does best on all tasks together.
+
+    That is by mean loss per target token over the tasks, the one figure all kinds of rows have.
+    """
+    figures = {name: flat(found) for name, found in scores.items()}
+    losses = {
+        name: math.fsum(score.report.metrics["loss"] for score in found) / len(found)
+        for name, found in scores.items()
+        if name.startswith("parent ")
+    }
+    rows = {score.task: score.report.rows for found in scores.values() for score in found}
+    return {"rows": rows, "best_single": min(losses, key=losses.__getitem__), "scores": figures}
 
 
 def _portable(scores: Sequence[Scores]) -> tuple[Scores, ...]:
@@ -154,12 +239,6 @@ def _portable(scores: Sequence[Scores]) -> tuple[Scores, ...]:
 def _short(paths: str) -> str:
     """The last two parts of each path."""
     return ", ".join("/".join(Path(path).parts[-2:]) for path in paths.split(", "))
-
-
-def _champion_scores(champion: AdapterVersion) -> dict[str, float]:
-    """A champion's metrics, `<task>/<metric>` in the registry, under the keys of gates."""
-    split = {key: key.split("/") for key in champion.metrics}
-    return {".".join(parts): champion.metrics[key] for key, parts in split.items() if len(parts) == 2}
 
 
 def _finding(finding: Finding) -> dict[str, Any]:

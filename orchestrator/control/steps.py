@@ -17,11 +17,19 @@ from orchestrator.control.registration import Registration
 from orchestrator.control.submission import NEEDS, Order
 from orchestrator.control.work import Flight, Work
 from orchestrator.job import Reason, Status
-from orchestrator.plan.steps import EvaluateWhat, FuseWhat, PromoteWhat, ReleaseWhat, Step, TrainWhat
+from orchestrator.plan.steps import (
+    EvaluateWhat,
+    FuseWhat,
+    PromoteWhat,
+    ReleaseWhat,
+    SearchWhat,
+    Step,
+    TrainWhat,
+)
 from orchestrator.policy import DEFAULT_TEAM
 from orchestrator.queue import Need, Waiting
 from orchestrator.store.rows import JobRow
-from workers.types import Attach, Evaluate, ExportTask, FuseTask, Task
+from workers.types import Attach, Evaluate, ExportTask, FuseTask, SearchSpec, SearchWeights, Task
 
 
 class Steps:
@@ -98,20 +106,38 @@ class Steps:
     def _send(self, job: JobRow, order: Order, step: Step, host: Host) -> None:
         if isinstance(step.what, TrainWhat):
             folder = str(self._ledger.checkpoint_dir(step.id))
-            command = Attach(step.what.attempt(job.id, job.attempt, folder))
+            spec = step.what.attempt(job.id, job.attempt, folder, lambda name: self._folder(order, name))
+            command = Attach(spec)
+        elif isinstance(step.what, SearchWhat):
+            command = SearchWeights(step.id, self._search(order, step.id, step.what))
         else:
             assert isinstance(step.what, EvaluateWhat), f"a host does not do {step.kind}"
             folder = self._folder_of(order, step.what.adapter)
             command = Evaluate(step.id, folder, step.what.evaluation)
         self._work.depart(step, job, host.name)
         self._work.cluster.send(host.name, command)
-        if job.status is Status.STARTING and isinstance(command, Evaluate):
+        if job.status is Status.STARTING and not isinstance(command, Attach):
             self._work.switch(job.id, Reason.ATTACHED)
+
+    def _search(self, order: Order, step: str, what: SearchWhat) -> SearchSpec:
+        plan = self._fuse_task(order, what.fuse, step)
+        folder = str(self._ledger.search_dir(step))
+        return SearchSpec(plan, what.tasks, what.trials, folder, what.groups, what.seed)
+
+    def _fuse_task(self, order: Order, what: FuseWhat, step: str) -> FuseTask:
+        return FuseTask(
+            adapter_dirs=tuple(self._folder(order, adapter) for adapter, _ in what.adapters),
+            weights=tuple(weight for _, weight in what.adapters),
+            rule=what.rule,
+            rank=what.rank,
+            out_dir=str(self._ledger.fusion_dir(step)),
+        )
 
     def _folder_of(self, order: Order, adapter: str | None) -> str | None:
         """The verified folder of a step's adapter or of a registered one; None for the base alone."""
-        if adapter is None:
-            return None
+        return None if adapter is None else self._folder(order, adapter)
+
+    def _folder(self, order: Order, adapter: str) -> str:
         if "@" in adapter:
             return str(self._registration.registered_adapter(order, adapter))
         return str(self._ledger.adapter_dir(adapter))
@@ -130,14 +156,7 @@ class Steps:
 
     def _task(self, order: Order, step: Step) -> Task:
         if isinstance(step.what, FuseWhat):
-            folders = [self._folder_of(order, adapter) for adapter, _ in step.what.adapters]
-            return FuseTask(
-                adapter_dirs=tuple(folder for folder in folders if folder),
-                weights=tuple(weight for _, weight in step.what.adapters),
-                rule=step.what.rule,
-                rank=step.what.rank,
-                out_dir=str(self._ledger.fusion_dir(step.id)),
-            )
+            return self._fuse_task(order, step.what, step.id)
         assert isinstance(step.what, ReleaseWhat), f"no task does {step.kind}"
         adapter, base = self._folder_of(order, order.registered.adapter), order.job.base
         assert adapter is not None
@@ -147,7 +166,7 @@ class Steps:
             merged=step.what.merged,
             out_dir=step.what.out,
             extra_files=(
-                ("README.md", self._registration.card(order)),
+                ("README.md", self._registration.released_card(order)),
                 ("recipe.yaml", order.registered.recipe_yaml),
             ),
             dtype=base.dtype,

@@ -16,6 +16,7 @@ NEEDS: dict[str, Need] = {
     "train": Need.SLOT,
     "evaluate": Need.HOST,
     "fuse": Need.CPU,
+    "search": Need.HOST,
     "register": Need.NOTHING,
     "promote": Need.NOTHING,
     "release": Need.CPU,
@@ -36,7 +37,7 @@ class Order:
     @cached_property
     def series(self) -> str:
         """The step that makes the adapter; names its curve, its checkpoints and the registry's run."""
-        return next(step.id for step in self.job.steps if step.kind in ("train", "fuse"))
+        return self.registered.adapter
 
     @cached_property
     def registered(self) -> RegisterWhat:
@@ -46,7 +47,9 @@ class Order:
 
     @cached_property
     def train(self) -> TrainWhat | None:
-        return next((step.what for step in self.job.steps if isinstance(step.what, TrainWhat)), None)
+        """How the job's adapter is trained; None if it is fused from files."""
+        what = next(step.what for step in self.job.steps if step.id == self.series)
+        return what if isinstance(what, TrainWhat) else None
 
     def seat_need(self, remaining: tuple[Step, ...]) -> Need:
         """What the next of the remaining steps needs; a job that will train takes its slot from the start."""

@@ -9,29 +9,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
+from orchestrator.plan import controls, distillation
+from orchestrator.plan.pieces import PACE, Source, evaluate, fuse_step, make_step, rows_of, search_step
 from orchestrator.plan.steps import (
     Estimate,
-    EvaluateWhat,
-    FuseWhat,
     Plan,
     PlannedJob,
     PromoteWhat,
     RegisterWhat,
     ReleaseWhat,
     Step,
-    StepKind,
     TrainWhat,
-    What,
 )
 from orchestrator.recipe.base_file import Base
 from orchestrator.recipe.fuse_block import Fuse, Parent
 from orchestrator.recipe.load import LoadedRecipe
 from orchestrator.recipe.pipeline import LoadedPipeline
 from workers.manifest import json_digest
-from workers.types import BadInput, DatasetSpec, TrainingSpec
+from workers.types import BadInput, TrainingSpec
 
 
 def make_plan(pipeline: LoadedPipeline, adapter_digests: Mapping[str, str] | None = None) -> Plan:
@@ -63,9 +61,9 @@ def _refuse_twins(jobs: list[PlannedJob], pipeline: LoadedPipeline) -> None:
 
 def _train_job(loaded: LoadedRecipe) -> PlannedJob:
     recipe = loaded.recipe
-    before = _evaluate(loaded, None, loaded.base.fingerprint)
+    before = evaluate(loaded, None, loaded.base.fingerprint)
     train = _train(loaded)
-    after = _evaluate(loaded, train.id, train.id, (train.id,))
+    after = evaluate(loaded, train.id, train.id, (train.id,))
     register = _register_trained(loaded, before, train, after)
     promote = _promote_trained(loaded, register, after)
     return PlannedJob(
@@ -116,35 +114,11 @@ def _train(loaded: LoadedRecipe) -> Step:
     matters = {
         "base": loaded.base.fingerprint,
         "adapter": asdict(spec.adapter),
-        "training": {k: v for k, v in asdict(spec.training).items() if k not in _PACE},
-        "train": [_rows(dataset) for dataset in spec.train],
+        "training": {k: v for k, v in asdict(spec.training).items() if k not in PACE},
+        "train": [rows_of(dataset) for dataset in spec.train],
         "digest": loaded.train.digest,
     }
-    return _step("train", matters, (), what)
-
-
-_PACE = ("evals_per_epoch", "saves_per_epoch", "max_bad_steps")
-
-
-def _evaluate(loaded: LoadedRecipe, adapter: str | None, bytes_id: str, needs: tuple[str, ...] = ()) -> Step:
-    """`bytes_id` stands for what is scored: a base's fingerprint, a step's id, or an adapter's digest."""
-    evaluation = loaded.recipe.evaluation_spec()
-    what = EvaluateWhat(loaded.recipe.task, evaluation, loaded.test.digest, adapter)
-    matters: dict[str, Any] = {
-        "scored": bytes_id,
-        "base": loaded.base.fingerprint,
-        "rows": [_rows(dataset) for dataset in evaluation.datasets],
-        "digest": loaded.test.digest,
-        "sequence_len": evaluation.sequence_len,
-    }
-    if loaded.recipe.task_type == "chat":
-        matters["generate"] = [evaluation.max_new_tokens, evaluation.generate_samples]
-    return _step("evaluate" if adapter else "evaluate_base", matters, needs, what)
-
-
-def _rows(dataset: DatasetSpec) -> dict[str, Any]:
-    """How rows are read, without where they lie: the digest of the files stands for that."""
-    return {key: value for key, value in asdict(dataset).items() if key not in ("path", "split")}
+    return make_step("train", matters, (), what)
 
 
 def _register_trained(loaded: LoadedRecipe, before: Step, train: Step, after: Step) -> Step:
@@ -174,6 +148,7 @@ def _promote_trained(loaded: LoadedRecipe, register: Step, after: Step) -> Step:
         retention={},
         scores={recipe.task: after.id},
         parent_scores={},
+        non_inferiority={f"{recipe.task}.{key}": by for key, by in recipe.evaluation.non_inferiority.items()},
     )
     return _promote(what, register)
 
@@ -181,37 +156,25 @@ def _promote_trained(loaded: LoadedRecipe, register: Step, after: Step) -> Step:
 # ---- a fusion ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Source:
-    """One parent of a fusion: where its adapter, version and scores come from."""
-
-    parent: Parent
-    recipe: LoadedRecipe
-    adapter: str
-    bytes_id: str
-    version: str
-    evaluate_base: Step
-    evaluate: Step
-    own_steps: tuple[Step, ...]
-    """Steps that no job of the pipeline does for it."""
-
-
 def _fuse_job(
     pipeline: LoadedPipeline, fuse: Fuse, trained: Mapping[str, PlannedJob], digests: Mapping[str, str]
 ) -> PlannedJob:
     sources = [_source(parent, recipe, trained, digests) for parent, recipe in pipeline.parents()]
-    fused = _fuse(fuse, sources)
-    scores = [_evaluate(source.recipe, fused.id, fused.id, (fused.id,)) for source in sources]
-    register = _register_fused(pipeline, fuse, sources, fused, scores)
+    made = _made(fuse, sources)
+    fused = made[-1]
+    scores = [evaluate(source.recipe, fused.id, fused.id, (fused.id,)) for source in sources]
+    compared = controls.plan(fuse, sources, fused)
+    register = _register_fused(pipeline, fuse, sources, fused, scores, compared)
     promote = _promote_fused(fuse, register, sources, scores)
     release = (_release(fuse, promote),) if fuse.release else ()
     own = [step for source in sources for step in source.own_steps]
     first = sources[0].recipe
+    steps = (*own, *made, *scores, *compared.steps, register, promote, *release)
     return PlannedJob(
         name=fuse.name,
         kind="fuse",
         depends_on=tuple(parent.job for parent in fuse.adapters if parent.job),
-        steps=(*own, fused, *scores, register, promote, *release),
+        steps=tuple({step.id: step for step in steps}.values()),
         base=first.base.spec,
         world_size=first.world_size,
         host_key=host_key(first.base, first.world_size),
@@ -219,36 +182,39 @@ def _fuse_job(
         recipe=pipeline.canonical(),
         recipe_digest=pipeline.content_hash(),
         priority=max(source.recipe.recipe.schedule.priority for source in sources),
+        estimate=distillation.estimate(fuse, sources) if fuse.distill else None,
     )
+
+
+def _made(fuse: Fuse, sources: list[Source]) -> tuple[Step, ...]:
+    """The steps that make the fused adapter; the last one has it."""
+    if fuse.distill is not None:
+        return distillation.steps(fuse, sources)
+    plain = fuse_step(fuse.rule, fuse.rank, sources)
+    return (search_step(fuse.search, plain, sources) if fuse.search else plain,)
 
 
 def _source(
     parent: Parent, recipe: LoadedRecipe, trained: Mapping[str, PlannedJob], digests: Mapping[str, str]
-) -> _Source:
+) -> Source:
     if parent.job is not None:
         before, train, after, register, _ = trained[parent.job].steps
-        return _Source(parent, recipe, train.id, train.id, register.id, before, after, ())
+        return Source(parent, recipe, train.id, train.id, register.id, before, after, ())
     ref = parent.label
     if ref not in digests:
         raise BadInput(f"fuse.adapters: {ref!r} is not in the registry; `chorus adapters list` shows what is")
-    before = _evaluate(recipe, None, recipe.base.fingerprint)
-    after = _evaluate(recipe, ref, digests[ref])
-    return _Source(parent, recipe, ref, digests[ref], ref, before, after, (before, after))
-
-
-def _fuse(fuse: Fuse, sources: list[_Source]) -> Step:
-    adapters = tuple((source.adapter, source.parent.weight) for source in sources)
-    matters = {
-        "rule": fuse.rule,
-        "rank": fuse.rank,
-        "adapters": [[source.bytes_id, source.parent.weight] for source in sources],
-    }
-    needs = tuple(source.adapter for source in sources if source.parent.job)
-    return _step("fuse", matters, needs, FuseWhat(fuse.rule, fuse.rank, adapters))
+    before = evaluate(recipe, None, recipe.base.fingerprint)
+    after = evaluate(recipe, ref, digests[ref])
+    return Source(parent, recipe, ref, digests[ref], ref, before, after, (before, after))
 
 
 def _register_fused(
-    pipeline: LoadedPipeline, fuse: Fuse, sources: list[_Source], fused: Step, scores: list[Step]
+    pipeline: LoadedPipeline,
+    fuse: Fuse,
+    sources: list[Source],
+    fused: Step,
+    scores: list[Step],
+    compared: controls.Compared,
 ) -> Step:
     tasks = [source.recipe.recipe.task for source in sources]
     base = sources[0].recipe.base
@@ -263,12 +229,15 @@ def _register_fused(
         recipe_digest=pipeline.content_hash(),
         data_digest=json_digest([source.recipe.train.digest for source in sources]),
         base=base.digests,
+        controls=compared.scores,
     )
     versions = [source.version for source in sources if source.parent.job]
-    return _register(what, (fused.id, *(step.id for step in scores), *versions))
+    beside = {step for of in compared.scores.values() for step in of.values()}
+    scored = tuple(step.id for step in scores)
+    return _register(what, tuple(dict.fromkeys((fused.id, *scored, *versions, *sorted(beside)))))
 
 
-def _promote_fused(fuse: Fuse, register: Step, sources: list[_Source], scores: list[Step]) -> Step:
+def _promote_fused(fuse: Fuse, register: Step, sources: list[Source], scores: list[Step]) -> Step:
     tasks = [source.recipe.recipe.task for source in sources]
     assert isinstance(register.what, RegisterWhat)
     what = PromoteWhat(
@@ -279,6 +248,8 @@ def _promote_fused(fuse: Fuse, register: Step, sources: list[_Source], scores: l
         retention=fuse.evaluation.retention,
         scores={task: step.id for task, step in zip(tasks, scores, strict=True)},
         parent_scores={task: source.evaluate.id for task, source in zip(tasks, sources, strict=True)},
+        non_inferiority=fuse.evaluation.non_inferiority,
+        worst_task=fuse.evaluation.worst_task,
     )
     return _promote(what, register)
 
@@ -288,18 +259,21 @@ def _promote_fused(fuse: Fuse, register: Step, sources: list[_Source], scores: l
 
 def _register(what: RegisterWhat, needs: tuple[str, ...]) -> Step:
     """The recipe's text is left out: a gate that is changed later makes no new version of the same bytes."""
-    return _step("register", {"name": what.name, "task": what.task}, needs, what)
+    return make_step("register", {"name": what.name, "task": what.task}, needs, what)
 
 
 def _promote(what: PromoteWhat, register: Step) -> Step:
     needs = (register.id, *what.scores.values(), *what.parent_scores.values())
-    matters = {
+    matters: dict[str, Any] = {
         "gates": dict(what.gates),
         "champion_margin": dict(what.champion_margin),
         "retention": dict(what.retention),
         "promote": what.promote,
     }
-    return _step("promote", matters, needs, what)
+    # Left out where they are not asked for: what was promoted before they existed stays promoted.
+    later = {"non_inferiority": dict(what.non_inferiority), "worst_task": what.worst_task}
+    matters |= {key: value for key, value in later.items() if value}
+    return make_step("promote", matters, needs, what)
 
 
 def _release(fuse: Fuse, promote: Step) -> Step:
@@ -307,9 +281,4 @@ def _release(fuse: Fuse, promote: Step) -> Step:
     assert fuse.release is not None
     assert isinstance(promote.what, PromoteWhat)
     what = ReleaseWhat(promote.what.name, fuse.release.out, fuse.release.merged)
-    return _step("release", asdict(what), (promote.id,), what)
-
-
-def _step(kind: StepKind, matters: Mapping[str, Any], needs: tuple[str, ...], what: What) -> Step:
-    # Job names, run names and the order of jobs never enter: equal work has an equal id in every run.
-    return Step(json_digest([kind, matters, sorted(needs)]), kind, needs, what)
+    return make_step("release", asdict(what), (promote.id,), what)

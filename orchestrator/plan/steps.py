@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
 from orchestrator.recipe.model_folder import BaseDigests
-from workers.types import BaseSpec, EvaluationSpec, JobSpec
+from workers.types import BaseSpec, EvaluationSpec, JobSpec, SearchTask
 
 JobKind = Literal["train", "fuse"]
-StepKind = Literal["evaluate_base", "train", "evaluate", "fuse", "register", "promote", "release"]
+StepKind = Literal["evaluate_base", "train", "evaluate", "fuse", "search", "register", "promote", "release"]
 
 # ---- what a step does -------------------------------------------------------------------------------------
 
@@ -29,14 +30,29 @@ class EvaluateWhat:
 
 @dataclass(frozen=True)
 class TrainWhat:
-    """Train one adapter. `spec` lacks its job, attempt and checkpoint folder; `attempt` fills them in."""
+    """Train one adapter. `spec` lacks its job, attempt and folders; `attempt` fills them in."""
 
     spec: JobSpec
     train_digest: str
     validation_digest: str
+    teachers: tuple[str, ...] = ()
+    """Of a distillation: each a train step's id or a registered NAME@REF, in the order of the spec's."""
+    start: str | None = None
+    """Id of the step whose adapter the student starts from."""
 
-    def attempt(self, job: str, attempt: int, checkpoint_dir: str) -> JobSpec:
-        return replace(self.spec, job=job, attempt=attempt, checkpoint_dir=checkpoint_dir)
+    def attempt(
+        self, job: str, attempt: int, checkpoint_dir: str, folder_of: Callable[[str], str]
+    ) -> JobSpec:
+        """`folder_of` gives the folder of an adapter that is named here."""
+        spec = replace(self.spec, job=job, attempt=attempt, checkpoint_dir=checkpoint_dir)
+        if spec.distill is None:
+            return spec
+        teachers = tuple(
+            replace(teacher, adapter_dir=folder_of(adapter) if adapter else "")
+            for teacher, adapter in zip_longest(spec.distill.teachers, self.teachers)
+        )
+        start = folder_of(self.start) if self.start else ""
+        return replace(spec, distill=replace(spec.distill, teachers=teachers, start=start))
 
 
 @dataclass(frozen=True)
@@ -46,6 +62,17 @@ class FuseWhat:
     rule: str
     rank: int | None
     adapters: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class SearchWhat:
+    """Fuse with the best weights of some trials on validation rows; `fuse` has those of the first."""
+
+    fuse: FuseWhat
+    tasks: tuple[SearchTask, ...]
+    trials: int
+    groups: tuple[str, ...] = ()
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,11 +91,13 @@ class RegisterWhat:
     recipe_digest: str
     data_digest: str
     base: BaseDigests
+    controls: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
+    """Of a fused version: what it is measured beside -> task -> evaluate step. `fused` is the version."""
 
 
 @dataclass(frozen=True)
 class PromoteWhat:
-    """Judge a version with `gate.check`; every key is `<task>.<metric>`."""
+    """Judge a version with `judgement.judge`; every key is `<task>.<metric>`."""
 
     name: str
     promote: bool
@@ -79,6 +108,8 @@ class PromoteWhat:
     """Task -> id of the evaluate step of the version itself."""
     parent_scores: Mapping[str, str]
     """Task -> id of the evaluate step of the parent of that task; empty unless fused."""
+    non_inferiority: Mapping[str, float] = field(default_factory=dict[str, float])
+    worst_task: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +121,7 @@ class ReleaseWhat:
     merged: bool
 
 
-What = EvaluateWhat | TrainWhat | FuseWhat | RegisterWhat | PromoteWhat | ReleaseWhat
+What = EvaluateWhat | TrainWhat | FuseWhat | SearchWhat | RegisterWhat | PromoteWhat | ReleaseWhat
 
 
 @dataclass(frozen=True)

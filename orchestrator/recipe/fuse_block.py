@@ -6,16 +6,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from orchestrator.gate import retention_problem
+from orchestrator.gate import parse_bound, retention_problem
 from orchestrator.recipe.parts import (
     BoundText,
     Count,
     Gates,
     Model,
     Name,
+    NoBool,
     Number,
+    Positive,
     Registry,
+    Share,
     Slug,
+    Whole,
     Word,
 )
 
@@ -29,6 +33,11 @@ class Parent(Model):
     recipe: Word | None = None
     """With `adapter`: the recipe that says by which rows and metrics its task is judged."""
     weight: Number = 1.0
+    """In the weighted sum; with rule distill, in the sum the student starts from."""
+    share: Positive = 1.0
+    """Rule distill only: of the loss on its rows, relative to the other adapters' shares."""
+    rows: Count | None = None
+    """Rule distill only: its rows in every step; left out, the `global_batch_size` of its recipe."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Parent:
@@ -48,12 +57,16 @@ class FusedEvaluation(Gates):
 
     retention: dict[str, BoundText] = Field(default_factory=dict)
     """Share of the parent's score that is kept; parent/fused for a metric where lower is better."""
+    worst_task: BoundText | None = None
+    """Bound on the least retention over all tasks, each by perplexity, macro_f1 or hit_at_1."""
 
     def problem(self, allowed: set[str]) -> tuple[tuple[str, str], str] | None:
         """As `Gates.problem`, with the retention."""
         for key, text in self.retention.items():
             if why := retention_problem(key, text, allowed):
                 return ("retention", key), why
+        if self.worst_task is not None and not parse_bound(self.worst_task).is_floor:
+            return ("worst_task", self.worst_task), f"more is better, so {self.worst_task!r} guards nothing"
         return super().problem(allowed)
 
 
@@ -66,24 +79,85 @@ class Release(Model):
     """Write a full model instead of the adapter alone."""
 
 
+class Distill(Model):
+    """Rule distill: how one adapter is trained against the others, on their rows, on the same host."""
+
+    max_steps: Count
+    learning_rate: Annotated[float, Field(gt=0, le=1), NoBool] = 2e-3
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_ratio: Share = 0.05
+    temperature: Positive = 1.0
+    """Softens teacher and student alike before they are compared."""
+    labels: Share = 0.5
+    """How much the rows' own labels count beside the teacher's word, from 0 to below 1."""
+    start: Literal["svd", "fresh"] = "svd"
+    """svd: from the nearest adapter to the weighted sum. fresh: as any new adapter."""
+    evals_per_epoch: Whole = 1
+    saves_per_epoch: Count = 1
+    seed: Annotated[int, Field(ge=0, lt=2**63), NoBool] = 0
+
+
+class Search(Model):
+    """Find the weights by trials: each is fused, and scored on validation rows on the resident base."""
+
+    trials: Annotated[int, Field(ge=2, le=1000), NoBool]
+    floors: dict[str, Annotated[float, Field(ge=0), NoBool]]
+    """`<task>.<metric>` -> share of the parent's score that must be kept: one for every adapter's task."""
+    groups: tuple[Word, ...] = ()
+    """Parts of module names with weights of their own, like self_attn and mlp; none for one an adapter."""
+    max_samples: Count | None = 100
+    """Of each task's validation rows."""
+    seed: Annotated[int, Field(ge=0, lt=2**32), NoBool] = 0
+
+
+class Controls(Model):
+    """What the fused adapter is measured beside, on the same rows: base, parents, a random adapter."""
+
+    random: bool = True
+    """An adapter of the fused one's norms and ranks, drawn at random."""
+    joint: bool = False
+    """Rule distill only: the same training from the labels alone, without teachers, from a fresh adapter."""
+    max_samples: Count | None = 200
+    """The first so many test rows of each task; null for all of them, and for generated replies."""
+
+
 class Fuse(Model):
     """Several adapters made into one."""
 
     name: Name
     task: Slug = "multitask"
-    rule: Literal["cat", "svd"]
-    """cat: the exact sum. svd: the nearest adapter of a given rank."""
+    rule: Literal["cat", "svd", "distill"]
+    """cat: the exact sum. svd: the nearest adapter of a given rank. distill: one trained against them."""
     rank: Count | None = None
-    """Of the result; rule svd only."""
+    """Of the result; rules svd and distill only."""
+    distill: Distill | None = None
+    """Rule distill only: how to train."""
+    search: Search | None = None
+    """Search the weights instead of taking them as they stand; not with rule distill."""
+    controls: Controls | None = Controls()
+    """What the fused adapter is measured beside; null for nothing."""
     adapters: Annotated[tuple[Parent, ...], Field(min_length=1)]
     evaluation: FusedEvaluation = FusedEvaluation()
     registry: Registry = Registry()
     release: Release | None = None
 
     @model_validator(mode="after")
-    def _rank_belongs_to_svd(self) -> Fuse:
-        if (self.rule == "svd") != (self.rank is not None):
-            raise ValueError("rank is needed for rule svd, and only there")
+    def _rank_belongs_to_rules_that_cut(self) -> Fuse:
+        if (self.rule in ("svd", "distill")) != (self.rank is not None):
+            raise ValueError("rank is needed for rules svd and distill, and only there")
+        return self
+
+    @model_validator(mode="after")
+    def _training_belongs_to_distill(self) -> Fuse:
+        distilled = self.rule == "distill"
+        if distilled != (self.distill is not None):
+            raise ValueError("a distill block is needed for rule distill, and only there")
+        if not distilled and any(p.share != 1.0 or p.rows is not None for p in self.adapters):
+            raise ValueError("share and rows of an adapter are for rule distill only")
+        if not distilled and self.controls is not None and self.controls.joint:
+            raise ValueError("controls.joint needs rule distill, which says how to train")
+        if distilled and self.search is not None:
+            raise ValueError("search is for rules that weigh adapters, not for rule distill")
         return self
 
     @model_validator(mode="after")

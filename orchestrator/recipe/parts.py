@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from orchestrator.gate import gate_problem, parse_bound, unknown_metric
+from orchestrator.gate import OF_THE_CORPUS, gate_problem, metric_name, parse_bound, unknown_metric
 from workers.types import TaskType
 
 PRIORITIES = {"low": 25, "normal": 50, "high": 75}
@@ -120,15 +120,24 @@ class Gates(Model):
     """Metric -> bound, like `macro_f1: ">= 0.8"`."""
     champion_margin: dict[str, NotNegative] = Field(default_factory=dict)
     """Metric -> how much worse than the champion it may be."""
+    non_inferiority: dict[str, NotNegative] = Field(default_factory=dict)
+    """Metric -> how much worse than the champion it may be at the bad end of a 95% interval over rows."""
 
     def problem(self, allowed: set[str]) -> tuple[tuple[str, str], str] | None:
         """The first gate or margin on something not in `allowed`: its block and key, and why."""
         for key, text in self.gates.items():
             if why := gate_problem(key, text, allowed):
                 return ("gates", key), why
-        for key in self.champion_margin:
-            if why := unknown_metric(key, allowed):
-                return ("champion_margin", key), why
+        for block, margins in (
+            ("champion_margin", self.champion_margin),
+            ("non_inferiority", self.non_inferiority),
+        ):
+            for key in margins:
+                if why := unknown_metric(key, allowed):
+                    return (block, key), why
+        for key in self.non_inferiority:
+            if metric_name(key) in OF_THE_CORPUS:
+                return ("non_inferiority", key), f"{key} is one figure of all rows, so no interval is known"
         return None
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
+from orchestrator.gate import OF_REPLIES, metric_name, unknown_metric
 from orchestrator.recipe.file import Key, Node, read_yaml
 from orchestrator.recipe.fuse_block import Fuse, Parent
 from orchestrator.recipe.keys import refusal, rewrite_aliases
@@ -208,9 +209,29 @@ def _check_fusion(node: Node, loaded: LoadedPipeline, fuse: Fuse) -> None:
             why = f"two adapters have the task {recipe.recipe.task!r}; a fusion is judged task by task"
             raise _bad(node, ["fuse", "adapters", index], why)
         tasks.add(recipe.recipe.task)
-    _check_fused_gates(
-        node, fuse, {f"{r.recipe.task}.{metric}" for _, r in parents for metric in r.recipe.metrics}
-    )
+    allowed = {f"{r.recipe.task}.{metric}" for _, r in parents for metric in r.recipe.metrics}
+    _check_search(node, fuse, allowed, [recipe.recipe for _, recipe in parents])
+    _check_fused_gates(node, fuse, allowed)
+
+
+def _check_search(node: Node, fuse: Fuse, allowed: set[str], recipes: Sequence[Recipe]) -> None:
+    """A floor for every task, on a metric that its evaluation has without replies, and rows to search on."""
+    if fuse.search is None:
+        return
+    at: list[Key] = ["fuse", "search", "floors"]
+    for key in fuse.search.floors:
+        if metric_name(key) in OF_REPLIES:
+            raise _bad(node, [*at, key], f"fuse.search.floors: {key} needs replies; a search generates none")
+        if why := unknown_metric(key, allowed):
+            raise _bad(node, [*at, key], f"fuse.search.floors: {why}")
+    floored = [key.rpartition(".")[0] for key in fuse.search.floors]
+    for recipe in recipes:
+        if floored.count(recipe.task) != 1:
+            why = f"fuse.search.floors: give the task {recipe.task!r} one metric and its floor"
+            raise _bad(node, at, why)
+        if not recipe.datasets_of("validation"):
+            why = f"fuse.search: {recipe.name!r} has no validation rows to search on; set its evals_per_epoch"
+            raise _bad(node, ["fuse", "search"], why)
 
 
 def _check_fused_gates(node: Node, fuse: Fuse, allowed: set[str]) -> None:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import mlflow.artifacts
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from requests import HTTPError
 
 from orchestrator.contracts import AdapterVersion, NoSuchVersion, RegistryConflict
-from orchestrator.registry.client import server_of
-from orchestrator.registry.versions import ADAPTER_TAG, MANIFEST_TAG
+from orchestrator.registry.client import is_absent, server_of
+from orchestrator.registry.versions import ADAPTER_TAG, GATE_TAG, MANIFEST_TAG
 from workers.manifest import (
     MANIFEST,
     CorruptFolder,
@@ -66,6 +67,9 @@ def _verified(stored: Path, version: AdapterVersion) -> dict[str, Any]:
     adapter = {name: manifest["files"][name]["sha256"] for name in manifest["adapter_files"]}
     if json_digest(adapter) != version.digest:
         raise RegistryConflict(f"{label} was altered in the registry: its tag {ADAPTER_TAG} differs")
+    for key, value in manifest["tags"].items():
+        if key != GATE_TAG and version.tags.get(key) != value:
+            raise RegistryConflict(f"{label} was altered in the registry: its tag {key} differs")
     return manifest
 
 
@@ -103,7 +107,7 @@ def _fetch(client: MlflowClient, model_id: str, path: str, to: Path) -> Path:
 
     By the model's own location: a `models:/` address would be looked up on MLflow's global server.
     """
-    location = client.get_logged_model(model_id).artifact_location
+    location = _location(client, model_id)
     try:
         found = mlflow.artifacts.download_artifacts(
             artifact_uri=f"{location}/{path}".rstrip("/"), dst_path=str(to), tracking_uri=server_of(client)
@@ -113,3 +117,12 @@ def _fetch(client: MlflowClient, model_id: str, path: str, to: Path) -> Path:
             raise
         raise RegistryConflict(f"{model_id} has lost its file {path or '(all)'}") from error
     return Path(found)
+
+
+def _location(client: MlflowClient, model_id: str) -> str:
+    try:
+        return str(client.get_logged_model(model_id).artifact_location)
+    except MlflowException as error:
+        if not is_absent(error):
+            raise
+        raise RegistryConflict(f"the model {model_id} with its files has been deleted") from error

@@ -1,52 +1,33 @@
-"""Moving `champion` and `previous`, with an append-only record of every move in the experiment `releases`.
+"""Moving `champion` and `previous`.
 
-MLflow moves aliases one by one, without compare-and-swap and without history. So a move is first written down
-as an unfinished run, then carried out, then the run is ended: after a crash the next command carries out what
-was written down.
+MLflow moves aliases one by one. So a move is first written down (`releases`), then carried out, then its
+record is ended: after a crash the next command carries out what was written down.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from mlflow.entities import Metric, Run
+from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 
 from orchestrator.contracts import AdapterVersion, NoSuchVersion, RegistryConflict
+from orchestrator.registry import releases
 from orchestrator.registry.artifacts import check_bytes
-from orchestrator.registry.client import experiment_id, metric_key, quoted
+from orchestrator.registry.client import metric_key
+from orchestrator.registry.releases import Kind, Move
 from orchestrator.registry.versions import GATE_TAG, aliases_of, one_version, set_tags
 from workers.types import BadInput
 
-RELEASES = "releases"
 CHAMPION, PREVIOUS = "champion", "previous"
-Kind = Literal["promote", "rollback"]
-RECORDED_TAGS = ("adapter.digest", "manifest.digest", "base.digest", "recipe.digest", "fusion.parents")
-"""Tags of the version that its release record repeats."""
-MAX_TAG = 8000
-
-
-@dataclass(frozen=True)
-class Move:
-    """One change of champion, as its release record tells it. `source` 0: there was no champion."""
-
-    run_id: str
-    kind: Kind
-    source: int
-    target: int
-    figures: Mapping[str, float]
-    started_ms: int
 
 
 @contextmanager
 def one_writer(lock: Path | None) -> Generator[None]:
-    """Keep other commands of the same home out until the move is done."""
+    """Keep other commands of the same home out until the move is done: they wait instead of losing a race."""
     if lock is None:
         yield
         return
@@ -76,79 +57,89 @@ def promote(
     Raises RegistryConflict if it is not or if the version's bytes were altered, NoSuchVersion.
     """
     wanted = one_version(client, name, str(version))
-    finish_pending(client, name)
+    done = finish_pending(client, name)
     champion = _champion(client, name)
-    if champion == version and _last_move(client, name) == (expected_champion or 0, version):
+    if champion == version and done and _ends(done[-1]) == (expected_champion or 0, version):
         return one_version(client, name, CHAMPION)
     if champion != expected_champion:
         raise RegistryConflict(
             f"the champion of {name} is {_say(champion)}, not {_say(expected_champion)} as expected"
         )
     check_bytes(client, wanted)
-    move = _record(client, "promote", champion, wanted, reason, figures)
-    return _carry_out(client, name, move)
+    return _move(client, "promote", len(done), champion, wanted, reason, figures)
 
 
 def rollback(client: MlflowClient, name: str, reason: str) -> AdapterVersion:
     """Swap champion and previous. Finishes an interrupted rollback rather than swapping twice."""
-    pending = finish_pending(client, name)
-    if pending is not None and pending.kind == "rollback":
+    before = {move.run_id for move in releases.moves(client, name) if move.record.done}
+    done = finish_pending(client, name)
+    if done and done[-1].run_id not in before and done[-1].record.kind == "rollback":
         return one_version(client, name, CHAMPION)
     aliases = aliases_of(client, name)
     if PREVIOUS not in aliases or CHAMPION not in aliases:
         raise NoSuchVersion(f"{name} has no previous champion to roll back to")
     target = one_version(client, name, PREVIOUS)
     check_bytes(client, target)
-    move = _record(client, "rollback", int(aliases[CHAMPION]), target, reason, {})
-    return _carry_out(client, name, move)
+    return _move(client, "rollback", len(done), int(aliases[CHAMPION]), target, reason, {})
 
 
-def finish_pending(client: MlflowClient, name: str) -> Move | None:
-    """Carry out a move that was written down and then interrupted; None if there was none."""
-    wanted = f"tags.`release.name` = {quoted(name)} AND attributes.status = 'RUNNING'"
-    runs = client.search_runs(
-        [experiment_id(client, RELEASES)], wanted, order_by=["attributes.start_time ASC"]
-    )
-    moves = [_read_move(run) for run in runs]
-    for move in moves:
-        _carry_out(client, name, move)
-    return moves[-1] if moves else None
+def finish_pending(client: MlflowClient, name: str) -> list[Move]:
+    """Every move that was made, oldest first, after carrying out one that was written down and interrupted.
+
+    One that came second for its number, or whose version has since been deleted, is withdrawn.
+    """
+    made: list[Move] = []
+    for move in releases.moves(client, name):
+        if move.record.done or _taken_up(client, name, move):
+            made.append(move)
+    return made
 
 
-def _record(
+def _taken_up(client: MlflowClient, name: str, move: Move) -> bool:
+    try:
+        one_version(client, name, str(move.record.target))
+        if not releases.won(client, name, move):
+            raise RegistryConflict("another move took its number")
+    except (NoSuchVersion, RegistryConflict, StopIteration) as error:
+        releases.withdraw(client, move, str(error))
+        return False
+    _carry_out(client, name, move)
+    return True
+
+
+def _move(
     client: MlflowClient,
     kind: Kind,
+    moves_before: int,
     champion: int | None,
     target: AdapterVersion,
     reason: str,
     figures: Mapping[str, float],
-) -> Move:
-    """Write a move down, in one request, before it is made."""
-    tags = {
-        "release.name": target.name,
-        "release.kind": kind,
-        "release.from": str(champion or 0),
-        "release.to": str(target.version),
-        "release.reason": reason[:MAX_TAG],
-        "release.figures": json.dumps(dict(figures)),
-        **{key: target.tags[key] for key in RECORDED_TAGS if key in target.tags},
-    }
-    title = f"{kind} {target.name} {champion or 0} to {target.version}"
-    return _read_move(client.create_run(experiment_id(client, RELEASES), run_name=title, tags=tags))
+) -> AdapterVersion:
+    """Write the move down, win its number, carry it out. Raises RegistryConflict if another won."""
+    move = releases.write(client, kind, moves_before + 1, champion, target, reason, figures)
+    if not releases.won(client, target.name, move):
+        releases.withdraw(client, move, "another move took its number")
+        raise RegistryConflict(
+            f"another command moved the champion of {target.name} at the same time; look at "
+            f"`chorus adapters history {target.name}`, then decide again"
+        )
+    return _carry_out(client, target.name, move)
 
 
 def _carry_out(client: MlflowClient, name: str, move: Move) -> AdapterVersion:
     """Set both aliases from the record, so that doing it again is harmless; read back; end the record."""
-    if move.source:
-        client.set_registered_model_alias(name, PREVIOUS, str(move.source))
-    client.set_registered_model_alias(name, CHAMPION, str(move.target))
-    if move.kind == "promote":
-        set_tags(client, name, move.target, {GATE_TAG: "passed"})
-    if move.figures:
-        metrics = [Metric(metric_key(k), v, move.started_ms, 0) for k, v in move.figures.items()]
+    record = move.record
+    if record.source and _exists(client, name, record.source):
+        client.set_registered_model_alias(name, PREVIOUS, str(record.source))
+    client.set_registered_model_alias(name, CHAMPION, str(record.target))
+    if record.kind == "promote":
+        set_tags(client, name, record.target, {GATE_TAG: "passed"})
+    if record.figures:
+        metrics = [Metric(metric_key(k), v, record.when_ms, 0) for k, v in record.figures.items()]
         client.log_batch(move.run_id, metrics)
     champion = one_version(client, name, CHAMPION)
-    if champion.version != move.target:
+    if champion.version != record.target:
         raise RegistryConflict(
             f"the champion of {name} was moved to {champion.version} by someone else meanwhile"
         )
@@ -156,21 +147,16 @@ def _carry_out(client: MlflowClient, name: str, move: Move) -> AdapterVersion:
     return champion
 
 
-def _read_move(run: Run) -> Move:
-    tags = run.data.tags
-    kind: Kind = "promote" if tags["release.kind"] == "promote" else "rollback"
-    figures = json.loads(tags["release.figures"])
-    when = int(run.info.start_time or 0)
-    return Move(str(run.info.run_id), kind, int(tags["release.from"]), int(tags["release.to"]), figures, when)
+def _exists(client: MlflowClient, name: str, version: int) -> bool:
+    try:
+        one_version(client, name, str(version))
+    except NoSuchVersion:
+        return False
+    return True
 
 
-def _last_move(client: MlflowClient, name: str) -> tuple[int, int] | None:
-    wanted = f"tags.`release.name` = {quoted(name)}"
-    runs = client.search_runs(
-        [experiment_id(client, RELEASES)], wanted, order_by=["attributes.start_time DESC"], max_results=1
-    )
-    moves = [_read_move(run) for run in runs]
-    return (moves[0].source, moves[0].target) if moves else None
+def _ends(move: Move) -> tuple[int, int]:
+    return move.record.source, move.record.target
 
 
 def _champion(client: MlflowClient, name: str) -> int | None:

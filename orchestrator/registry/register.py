@@ -18,13 +18,15 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from orchestrator.contracts import AdapterVersion, NewVersion, Scores
-from orchestrator.registry import plots
+from orchestrator.registry import evaluations, plots
 from orchestrator.registry.artifacts import check_upload, stored_manifest
 from orchestrator.registry.client import PAGE, exists_already, metric_key, pages, quoted
-from orchestrator.registry.runs import dataset, report
+from orchestrator.registry.fusion_plots import fusion_plots
+from orchestrator.registry.runs import dataset
 from orchestrator.registry.versions import (
     ADAPTER_TAG,
     GATE_TAG,
+    LINK_TAG,
     MANIFEST_TAG,
     PARENTS_TAG,
     STEP_TAG,
@@ -43,9 +45,6 @@ from workers.manifest import (
     verify_folder,
 )
 from workers.types import BadInput
-
-MODEL_VERSIONS_TAG = "mlflow.modelVersions"
-"""MLflow's own link from a LoggedModel to its versions, as `mlflow.register_model` writes it."""
 
 
 def register(client: MlflowClient, new: NewVersion) -> AdapterVersion:
@@ -91,18 +90,16 @@ def stage(new: NewVersion, folder: Path) -> Path:
             pictures = scratch / "eval" / score.task
             pictures.mkdir(parents=True, exist_ok=True)
             plots.evaluation_plots(score, base, pictures)
+        if new.fusion_report is not None:
+            fusion_plots(new.fusion_report, scratch / "fusion")
     return folder
 
 
 def _documents(new: NewVersion) -> dict[str, str]:
-    evaluation = {
-        "scores": [report(score) for score in new.scores],
-        "base_scores": [report(score) for score in new.base_scores],
-    }
     documents = {
         "README.md": new.card,
         "recipe.yaml": new.recipe_yaml,
-        "eval/report.json": json.dumps(evaluation, indent=2) + "\n",
+        **evaluations.documents(new.scores, new.base_scores, new.controls),
     }
     if new.fusion_report is not None:
         documents["fusion/report.json"] = json.dumps(new.fusion_report, indent=2) + "\n"
@@ -197,7 +194,7 @@ def _link(client: MlflowClient, version: ModelVersion, new: NewVersion) -> None:
     """Links between run, LoggedModel and version, which MLflow's pages follow."""
     model_id = model_id_of(version)
     link = [{"name": version.name, "version": int(version.version)}]
-    client.set_logged_model_tags(model_id, {MODEL_VERSIONS_TAG: json.dumps(link)})
+    client.set_logged_model_tags(model_id, {LINK_TAG: json.dumps(link)})
     # MLflow refuses the same link twice, so only the absent ones are written.
     run = client.get_run(new.run_id)
     linked = {model.model_id for model in (run.outputs.model_outputs if run.outputs else [])}

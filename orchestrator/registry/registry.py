@@ -8,11 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from orchestrator.contracts import AdapterVersion, MetricPoint, NewVersion, Scores
+from orchestrator.contracts import (
+    AdapterVersion,
+    MetricPoint,
+    NewVersion,
+    Problem,
+    ReleaseRecord,
+    Scores,
+)
 from orchestrator.registry import artifacts as mlflow_artifacts
-from orchestrator.registry import promotion
+from orchestrator.registry import audit as mlflow_audit
+from orchestrator.registry import promotion, releases
 from orchestrator.registry import register as mlflow_register
 from orchestrator.registry import runs as mlflow_runs
 from orchestrator.registry import versions as mlflow_versions
@@ -104,3 +112,21 @@ class MlflowRegistry:
     def rollback(self, name: str, reason: str) -> AdapterVersion:
         with reaching(self.url), promotion.one_writer(self._lock):
             return promotion.rollback(self._client, name, reason)
+
+    def history(self, name: str) -> Sequence[ReleaseRecord]:
+        with reaching(self.url):
+            return releases.history(self._client, name)
+
+    # ---- what holds for a whole name, or for all ----
+
+    def conditions(self, name: str) -> Mapping[str, Any]:
+        with reaching(self.url):
+            return mlflow_versions.conditions_of(self._client, name)
+
+    def set_conditions(self, name: str, conditions: Mapping[str, Any]) -> None:
+        with reaching(self.url):
+            mlflow_versions.set_conditions(self._client, name, conditions)
+
+    def audit(self, name: str | None = None) -> Sequence[Problem]:
+        with reaching(self.url):
+            return mlflow_audit.audit(self._client, name)

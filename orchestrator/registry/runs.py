@@ -7,7 +7,6 @@ second time.
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -21,6 +20,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_LOGGED_ARTIF
 from orchestrator.contracts import MetricPoint, Scores
 from orchestrator.registry import plots
 from orchestrator.registry.client import MAX_METRICS, MAX_PARAMS, MAX_TAGS, experiment_id, metric_key, quoted
+from orchestrator.registry.evaluations import as_json, json_value
 
 KEY_TAG = "chorus.key"
 DIGEST_LENGTH = 36
@@ -105,7 +105,7 @@ def log_evaluation(client: MlflowClient, run_id: str, scores: Sequence[Scores], 
 def _log_evaluation_files(client: MlflowClient, run_id: str, score: Scores, folder: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         here = Path(scratch)
-        (here / "report.json").write_text(json.dumps(report(score), indent=2) + "\n")
+        (here / "report.json").write_text(json.dumps(as_json(score), indent=2) + "\n")
         plots.evaluation_plots(score, None, here)
         if score.report.predictions:
             (here / "predictions.json").write_text(json.dumps(table(score.report.predictions)))
@@ -114,29 +114,10 @@ def _log_evaluation_files(client: MlflowClient, run_id: str, score: Scores, fold
         _mark_table(client, run_id, f"{folder}/{score.task}/predictions.json")
 
 
-def report(score: Scores) -> dict[str, Any]:
-    """One task's evaluation as JSON, without the predictions."""
-    return {
-        "task": score.task,
-        "task_type": score.report.task_type,
-        "dataset": score.dataset,
-        "dataset_sha256": score.dataset_digest,
-        "rows": score.report.rows,
-        "metrics": {key: _json_value(value) for key, value in score.report.metrics.items()},
-        "labels": list(score.report.labels),
-        "confusion": [list(row) for row in score.report.confusion],
-    }
-
-
 def table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Rows in the layout of MLflow's tables (pandas `orient="split"`); a field a row lacks is null."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    return {"columns": columns, "data": [[_json_value(row.get(c)) for c in columns] for row in rows]}
-
-
-def _json_value(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become words."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    return {"columns": columns, "data": [[json_value(row.get(c)) for c in columns] for row in rows]}
 
 
 def _mark_table(client: MlflowClient, run_id: str, path: str) -> None:

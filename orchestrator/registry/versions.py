@@ -5,6 +5,7 @@ Owns the names of the tags that bind a version to its step and its bytes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,7 +22,12 @@ ADAPTER_TAG = "adapter.digest"
 MANIFEST_TAG = "manifest.digest"
 GATE_TAG = "gate.status"
 PARENTS_TAG = "fusion.parents"
-FIXED_TAGS = frozenset({STEP_TAG, ADAPTER_TAG, MANIFEST_TAG, PARENTS_TAG})
+LINK_TAG = "mlflow.modelVersions"
+"""MLflow's own link from a LoggedModel to its versions, as `mlflow.register_model` writes it."""
+CONDITIONS_TAG = "chorus.conditions"
+"""Of a registered name: what all its versions must meet."""
+BINDING_TAGS = frozenset({STEP_TAG, ADAPTER_TAG, MANIFEST_TAG})
+FIXED_TAGS = BINDING_TAGS | {PARENTS_TAG}
 
 
 def model_id_of(version: ModelVersion) -> str:
@@ -31,16 +37,45 @@ def model_id_of(version: ModelVersion) -> str:
 
 def all_versions(client: MlflowClient, name: str | None) -> list[AdapterVersion]:
     """Versions of one name or of all, by name and number, without those that chorus did not register."""
-    names = [name] if name else [m.name for m in pages(client.search_registered_models, max_results=PAGE)]
-    found = [version for each in sorted(names) for version in _versions_of(client, each)]
+    found = [version for each in names_of(client, name) for version in _versions_of(client, each)]
     return sorted(found, key=lambda version: (version.name, version.version))
+
+
+def names_of(client: MlflowClient, name: str | None) -> list[str]:
+    """`name` alone, or every registered name."""
+    if name is not None:
+        return [name]
+    return sorted(model.name for model in pages(client.search_registered_models, max_results=PAGE))
+
+
+def _stored(client: MlflowClient, name: str) -> Iterator[ModelVersion]:
+    wanted = f"name = {quoted(name)}"
+    yield from pages(client.search_model_versions, filter_string=wanted, max_results=PAGE)
+
+
+def runs_of(client: MlflowClient, name: str) -> list[str]:
+    """The run of each version, oldest version first."""
+    found = sorted(_stored(client, name), key=lambda version: int(version.version))
+    return [str(version.run_id) for version in found if version.run_id]
+
+
+def unbound_versions(client: MlflowClient, name: str) -> Iterator[tuple[int, list[str]]]:
+    """Versions that chorus made and that have lost a binding tag, with the tags that are missing."""
+    for version in _stored(client, name):
+        lost = sorted(BINDING_TAGS - version.tags.keys())
+        if lost and len(lost) < len(BINDING_TAGS):
+            yield int(version.version), lost
+
+
+def parents_of(version: AdapterVersion) -> list[tuple[str, int]]:
+    """Name and number of each parent of a fused version."""
+    parents = filter(None, version.tags.get(PARENTS_TAG, "").split(","))
+    return [(name, int(number)) for name, _, number in (parent.rpartition("/") for parent in parents)]
 
 
 def _versions_of(client: MlflowClient, name: str) -> Iterator[AdapterVersion]:
     aliases = aliases_of(client, name)
-    for version in pages(
-        client.search_model_versions, filter_string=f"name = {quoted(name)}", max_results=PAGE
-    ):
+    for version in _stored(client, name):
         if _is_ours(version):
             yield read_version(client, version, aliases)
 
@@ -68,7 +103,7 @@ def get_version(client: MlflowClient, name: str, ref: str) -> ModelVersion:
 
 
 def _is_ours(version: ModelVersion) -> bool:
-    return FIXED_TAGS - {PARENTS_TAG} <= version.tags.keys()
+    return version.tags.keys() >= BINDING_TAGS
 
 
 def aliases_of(client: MlflowClient, name: str) -> Mapping[str, str]:
@@ -84,20 +119,55 @@ def aliases_of(client: MlflowClient, name: str) -> Mapping[str, str]:
 
 def read_version(client: MlflowClient, version: ModelVersion, aliases: Mapping[str, str]) -> AdapterVersion:
     """`version` with the aliases and metrics that MLflow keeps elsewhere."""
-    model = client.get_logged_model(model_id_of(version))
+    model_id = model_id_of(version)
     return AdapterVersion(
         name=version.name,
         version=int(version.version),
-        model_id=str(model.model_id),
+        model_id=model_id,
         run_id=str(version.run_id),
         digest=version.tags[ADAPTER_TAG],
         tags=dict(version.tags),
         aliases=tuple(
             sorted(alias for alias, number in aliases.items() if int(number) == int(version.version))
         ),
-        metrics={metric.key: metric.value for metric in model.metrics or []},
+        metrics=_metrics_of(client, model_id),
         created_ms=int(version.creation_timestamp or 0),
     )
+
+
+def _metrics_of(client: MlflowClient, model_id: str) -> dict[str, float]:
+    """None if somebody deleted the model: reading the version's files then says so."""
+    try:
+        model = client.get_logged_model(model_id)
+    except MlflowException as error:
+        if not is_absent(error):
+            raise
+        return {}
+    return {metric.key: metric.value for metric in model.metrics or []}
+
+
+def conditions_of(client: MlflowClient, name: str) -> dict[str, Any]:
+    """What was set for a whole name; nothing for an unknown one."""
+    try:
+        model: Any = client.get_registered_model(name)
+    except MlflowException as error:
+        if not is_absent(error):
+            raise
+        return {}
+    return json.loads(model.tags.get(CONDITIONS_TAG, "{}"))
+
+
+def set_conditions(client: MlflowClient, name: str, conditions: Mapping[str, Any]) -> None:
+    try:
+        client.get_registered_model(name)
+    except MlflowException as error:
+        if not is_absent(error):
+            raise
+        raise NoSuchVersion(
+            f"no adapter is registered as {name}; `chorus adapters list` shows them"
+        ) from error
+    untyped: Any = client
+    untyped.set_registered_model_tag(name, CONDITIONS_TAG, json.dumps(dict(conditions), sort_keys=True))
 
 
 def set_tags(client: MlflowClient, name: str, version: int, tags: Mapping[str, str]) -> None:

@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from orchestrator.contracts import AdapterVersion, NewVersion, NoSuchVersion, RegistryConflict, Scores
+from orchestrator.contracts import (
+    AdapterVersion,
+    NewVersion,
+    NoSuchVersion,
+    Problem,
+    RegistryConflict,
+    ReleaseRecord,
+    Scores,
+)
+from orchestrator.registry import evaluations
 from workers.manifest import MANIFEST, folder_digest, publish_folder, verify_folder
 from workers.types import BadInput
 
@@ -32,12 +41,12 @@ class MemoryRegistry:
     def __init__(self, store: Path) -> None:
         self.store = store
         self.runs: dict[str, MemoryRun] = {}
-        self.releases: list[dict[str, Any]] = []
+        self.releases: list[ReleaseRecord] = []
         self._run_ids: dict[tuple[str, str], str] = {}
         self._versions: dict[tuple[str, int], AdapterVersion] = {}
         self._texts: dict[str, dict[str, str]] = {}
         self._aliases: dict[str, dict[str, int]] = {}
-        self._last_move: dict[str, tuple[int | None, int]] = {}
+        self._conditions: dict[str, dict[str, Any]] = {}
 
     def start_run(self, key, experiment, name, params, tags):
         run_id = self._run_ids.setdefault((experiment, key), uuid4().hex)
@@ -70,7 +79,11 @@ class MemoryRegistry:
             verify_folder(new.adapter_dir)
         model_id, digest = f"m-{uuid4().hex}", folder_digest(new.adapter_dir)
         shutil.copytree(new.adapter_dir, self.store / model_id)
-        self._texts[model_id] = {"README.md": new.card, "recipe.yaml": new.recipe_yaml}
+        self._texts[model_id] = {
+            "README.md": new.card,
+            "recipe.yaml": new.recipe_yaml,
+            **evaluations.documents(new.scores, new.base_scores, new.controls),
+        }
         number = 1 + max((v.version for v in self.versions(new.name)), default=0)
         tags = {"gate.status": "pending", **new.tags, "chorus.step_id": new.step_id, "adapter.digest": digest}
         if new.parents:
@@ -131,27 +144,52 @@ class MemoryRegistry:
     def promote(self, name, version, expected_champion, reason, figures):
         wanted = self.version(name, str(version))
         champion = self._aliases.get(name, {}).get("champion")
-        if champion == version and self._last_move.get(name) == (expected_champion, version):
+        done = [(record.source, record.target) for record in self.history(name)]
+        if champion == version and done and done[-1] == (expected_champion or 0, version):
             return wanted
         if champion != expected_champion:
             raise RegistryConflict(f"the champion of {name} is {champion}, not {expected_champion}")
         self._check(wanted)
         self.set_tags(name, version, {"gate.status": "passed"})
-        return self._move(name, champion, version, reason, figures)
+        return self._move("promote", name, champion, wanted, reason, figures)
 
     def rollback(self, name, reason):
         target = self.version(name, "previous")
         self._check(target)
-        return self._move(name, self._aliases[name]["champion"], target.version, reason, {})
+        return self._move("rollback", name, self._aliases[name]["champion"], target, reason, {})
 
-    def _move(self, name, source, target, reason, figures):
-        moved = {"champion": target} | ({"previous": source} if source else {})
+    def _move(self, kind, name, source, target, reason, figures):
+        moved = {"champion": target.version} | ({"previous": source} if source else {})
         self._aliases.setdefault(name, {}).update(moved)
-        self._last_move[name] = (source, target)
+        digests = {key: value for key, value in target.tags.items() if key.endswith(".digest")}
+        number = 1 + len(self.history(name))
         self.releases.append(
-            {"name": name, "from": source, "to": target, "reason": reason, "figures": dict(figures)}
+            ReleaseRecord(
+                *(number, name, kind, source or 0, target.version, "me@here", 1, reason),
+                *(dict(figures), digests, True),
+            )
         )
         return self.version(name, "champion")
+
+    def history(self, name):
+        return [record for record in self.releases if record.name == name]
+
+    def conditions(self, name):
+        return self._conditions.get(name, {})
+
+    def set_conditions(self, name, conditions):
+        if not self.versions(name):
+            raise NoSuchVersion(f"no adapter is registered as {name}")
+        self._conditions[name] = dict(conditions)
+
+    def audit(self, name=None):
+        return [problem for version in self.versions(name) for problem in self._problems(version)]
+
+    def _problems(self, version):
+        try:
+            self._check(version)
+        except RegistryConflict as error:
+            yield Problem(version.name, version.version, str(error))
 
 
 def _metrics(prefix, scores):

@@ -1,6 +1,7 @@
 """One contract, two registries: whatever holds for MLflow holds for the one in memory."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -238,3 +239,59 @@ def test_rollback_without_previous_raises(registry, name, two_versions):
     with pytest.raises(NoSuchVersion):
         registry.rollback(name, "nothing to go back to")
     assert registry.version(name, "champion").version == 1
+
+
+# ---- the release record ----
+
+
+def test_history_tells_who_moved_what_when_and_why(registry, name, two_versions):
+    assert list(registry.history(name)) == []
+    registry.promote(name, 1, None, "first", {"sentiment.macro_f1": 0.9})
+    registry.promote(name, 2, 1, "better", {})
+    registry.rollback(name, "worse in use")
+    found = registry.history(name)
+    assert [(r.number, r.kind, r.source, r.target) for r in found] == [
+        (1, "promote", 0, 1),
+        (2, "promote", 1, 2),
+        (3, "rollback", 2, 1),
+    ]
+    assert [r.reason for r in found] == ["first", "better", "worse in use"]
+    assert found[0].figures == {"sentiment.macro_f1": 0.9}
+    assert found[1].digests["adapter.digest"] == two_versions[1].digest
+    assert found[1].digests["base.digest"] == "b" * 64
+    assert all(r.done and r.who and r.when_ms for r in found)
+
+
+def test_conditions_of_a_name_are_kept_and_replaced(registry, name, two_versions):
+    assert dict(registry.conditions(name)) == {}
+    registry.set_conditions(name, {"gates": {"sentiment.macro_f1": ">= 0.9"}})
+    registry.set_conditions(name, {"worst_task": ">= 0.5"})
+    assert dict(registry.conditions(name)) == {"worst_task": ">= 0.5"}
+    with pytest.raises(NoSuchVersion):
+        registry.set_conditions("no-such-name", {})
+
+
+def test_scores_of_rows_are_read_back_as_they_were_registered(registry, tmp_path, name):
+    from orchestrator.registry.evaluations import read_scores
+
+    rows = {"truth": (0.0, 1.0, 2.0), "predicted": (0.0, 1.0, 1.0)}
+    score = classification()
+    score = replace(score, report=replace(score.report, row_scores=rows, predictions=()))
+    version = registry.register(new_version(registry, tmp_path, name, scores=[score], base_scores=[score]))
+    assert read_scores(registry, version) == (score,)
+    assert read_scores(registry, version, "base_scores") == (score,)
+
+
+# ---- the audit ----
+
+
+def test_audit_of_an_untouched_name_finds_nothing(registry, name, two_versions):
+    registry.promote(name, 1, None, "first", {})
+    assert list(registry.audit(name)) == []
+
+
+def test_audit_names_the_version_whose_bytes_were_altered(registry, name, two_versions):
+    alter(registry, two_versions[1])
+    (problem,) = registry.audit(name)
+    assert (problem.name, problem.version) == (name, 2)
+    assert "altered" in problem.words

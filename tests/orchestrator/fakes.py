@@ -29,6 +29,8 @@ from workers.types import (
     JobSpec,
     JobStopped,
     MemoryModel,
+    SearchDone,
+    SearchWeights,
     StepDone,
     TrainingFinished,
     Validated,
@@ -71,6 +73,8 @@ class FakeHost:
         if isinstance(command, Detach):
             spec, step = self.residents.pop(command.job, (None, 0))
             return [Detached(command.job, command.attempt, step)] if spec else []
+        if isinstance(command, SearchWeights):
+            return [search(command)]
         assert isinstance(command, Evaluate)
         return [self.evaluate(command)]
 
@@ -121,6 +125,9 @@ class FakeHost:
         return EvaluationDone(command.request, EvaluationReport(task_type, metrics, 4, ({"row": 0},)), 0.1)
 
 
+FLOORS = {"finance-sentiment.macro_f1": 0.9, "support.loss": 0.9}
+
+
 @dataclass
 class Faults:
     """What goes wrong, and when."""
@@ -153,9 +160,31 @@ def write_adapter(spec: JobSpec) -> str:
                 json.dumps([asdict(spec.adapter), asdict(spec.training)])
             )
             (scratch / "adapter_model.safetensors").write_text(
-                json_digest([spec.train[0].type, spec.training.seed])
+                json_digest([_taught(spec) or spec.train[0].type, spec.training.seed])
             )
     return str(folder)
+
+
+def search(command: SearchWeights) -> Event:
+    """One trial, with the plan's own weights."""
+    run_task(command.search.plan)
+    trial = {
+        "retention": dict.fromkeys(FLOORS, 1.0),
+        "weights": [list(command.search.plan.weights)],
+        "pareto": True,
+    }
+    table = {"floors": FLOORS, "best": 0, "trials": [trial]}
+    return SearchDone(command.request, {"rule": command.search.plan.rule, "search": table})
+
+
+def _taught(spec: JobSpec) -> list[str]:
+    """Of a distillation: the bytes of what teaches it; reading them is half of the test."""
+    if spec.distill is None:
+        return []
+    folders = [teacher.adapter_dir for teacher in spec.distill.teachers] + [spec.distill.start]
+    for folder in filter(None, folders):
+        verify_folder(Path(folder))
+    return [folder_digest(Path(folder)) if folder else "none" for folder in folders]
 
 
 class FakeCluster:
@@ -225,7 +254,8 @@ def run_task(task: Any) -> TaskResult:
             else:
                 for name, text in task.extra_files:
                     (scratch / name).write_text(text)
-    return TaskResult(value={"out_dir": str(folder)})
+    fused = {"rule": task.rule, "cosines": [[1.0]]} if isinstance(task, FuseTask) else {}
+    return TaskResult(value={"out_dir": str(folder), **fused})
 
 
 class Killed(BaseException):

@@ -95,7 +95,7 @@ def pipeline(*jobs: Any, fuse: dict[str, Any] | None = None, **changes: Any) -> 
 
 def fuse(*adapters: dict[str, Any], **changes: Any) -> dict[str, Any]:
     chosen = list(adapters) or [{"job": "finance"}, {"job": "support"}]
-    return {"name": "fused", "rule": "cat", "adapters": chosen, **changes}
+    return {"name": "fused", "rule": "cat", "adapters": chosen, "controls": None, **changes}
 
 
 def write_yaml(file: Path, value: Any) -> Path:

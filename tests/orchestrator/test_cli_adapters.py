@@ -105,7 +105,7 @@ def test_promote_of_a_version_that_meets_its_gates_makes_it_champion(world):
     result = world.chorus("promote", FINANCE, "candidate")
     assert result.exit_code == 0
     assert champion(world, FINANCE) == 1
-    assert world.registry.releases[-1]["figures"]["finance-sentiment.macro_f1"] == 0.9
+    assert world.registry.releases[-1].figures["finance-sentiment.macro_f1"] == 0.9
     assert "champion already" in world.chorus("promote", FINANCE, "1").stdout
 
 

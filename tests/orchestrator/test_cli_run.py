@@ -272,3 +272,11 @@ def test_run_whose_cluster_and_server_both_fail_says_one_sentence(world):
     world.refuse_registry = ServerFailed("the MLflow server ended while starting")
     assert_one_sentence(world.chorus("run", world.one_job()), 4, "Ray does not answer")
     assert world.statuses() == {"finance": "WAITING"}
+
+
+def test_plan_of_a_distillation_counts_what_student_and_teachers_read(world):
+    block = {"rule": "distill", "rank": 4, "distill": {"max_steps": 3}}
+    fused = world.read("plan", world.two_jobs(**block))["jobs"][-1]
+    assert fused["num_steps"] == 3
+    assert fused["train_rows"] == 20
+    assert [step["kind"] for step in fused["steps"]][:2] == ["fuse", "train"]

@@ -44,7 +44,18 @@ COMMANDS = {
         "ui",
         "doctor",
     ),
-    *("adapters list", "adapters show", "adapters compare", "recipe validate", "recipe schema"),
+    *(
+        "adapters list",
+        "adapters show",
+        "adapters compare",
+        "adapters diff",
+        "adapters gates",
+        "adapters history",
+        "adapters lineage",
+        "adapters verify",
+        "recipe validate",
+        "recipe schema",
+    ),
 }
 
 

@@ -33,7 +33,7 @@ def outcome(world: World) -> dict[str, Any]:
         "versions": [(v.name, v.version, v.digest, v.aliases, v.metrics) for v in registry.versions()],
         "gates": [v.tags["gate.status"] for v in registry.versions()],
         "runs": sorted((run.name, run.status, sorted(run.points.items())) for run in registry.runs.values()),
-        "releases": [(move["name"], move["from"], move["to"]) for move in registry.releases],
+        "releases": [(move.name, move.source, move.target) for move in registry.releases],
         "released": sorted(path.name for path in (world.folder / "released").iterdir()),
         "steps": Counter(row.kind for row in world.store.finished_steps().values()),
     }

@@ -118,7 +118,7 @@ def test_plan_gates_of_a_job_are_keyed_by_task(world: Path) -> None:
 def test_plan_train_step_gives_the_spec_of_an_attempt(world: Path) -> None:
     what = plan(world).jobs[0].step("train").what
     assert isinstance(what, TrainWhat)
-    spec = what.attempt("job-1", 3, "/home/checkpoints/x")
+    spec = what.attempt("job-1", 3, "/home/checkpoints/x", str)
     assert (spec.job, spec.attempt, spec.checkpoint_dir) == ("job-1", 3, "/home/checkpoints/x")
     assert (spec.training.max_steps, spec.adapter.r) == (5, 16)
 

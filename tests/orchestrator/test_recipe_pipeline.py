@@ -134,9 +134,23 @@ def test_pipeline_two_jobs_of_one_name_are_refused(world: Path) -> None:
     [
         (fuse({"job": "finnance"}), "finnance", "no job is named 'finnance'; there are "),
         (fuse(name="finance"), "name: finance", "a job is named 'finance' already"),
-        (fuse(rule="svd"), "fuse:", "rank is needed for rule svd"),
-        (fuse(rank=4), "fuse:", "rank is needed for rule svd, and only there"),
-        (fuse(rule="ties"), "rule", "fuse.rule should be 'cat' or 'svd', found 'ties'"),
+        (fuse(rule="svd"), "fuse:", "rank is needed for rules svd and distill"),
+        (fuse(rank=4), "fuse:", "rank is needed for rules svd and distill, and only there"),
+        (fuse(rule="tees"), "rule", "fuse.rule should be 'cat', 'svd' or 'distill', found 'tees'"),
+        (fuse(rule="distill", rank=4), "fuse:", "a distill block is needed for rule distill"),
+        (fuse(distill={"max_steps": 3}), "fuse:", "a distill block is needed for rule distill, and only"),
+        (fuse({"job": "finance", "rows": 4}), "fuse:", "share and rows of an adapter are for rule distill"),
+        (fuse(controls={"joint": True}), "fuse:", "controls.joint needs rule distill"),
+        (
+            fuse(rule="distill", rank=4, distill={"max_steps": 3, "labels": 1.0}),
+            "labels",
+            "fuse.distill.labels should be less than 1",
+        ),
+        (
+            fuse(rule="distill", rank=4, distill={"max_steps": 3, "temprature": 2}),
+            "temprature",
+            "did you mean 'temperature'",
+        ),
         (
             fuse({"job": "finance", "adapter": "a@b", "recipe": "x"}),
             "- job",

@@ -6,9 +6,17 @@ import math
 
 import pytest
 
-from workers.metrics import classification_metrics, confusion, ranking_metrics, reply_metrics
+from workers.metrics import classification_metrics, confusion, corpus_chrf, means, ranking_rows, reply_rows
 
 LABELS = ("bad", "good", "mixed")
+
+
+def ranking_metrics(scores, targets):
+    return means(ranking_rows(scores, targets))
+
+
+def reply_metrics(replies, references):
+    return means(reply_rows(replies, references)) | {"chrf": corpus_chrf(replies, references)}
 
 
 def test_ranking_metrics_log_likelihoods_equal_hand_computed_values():

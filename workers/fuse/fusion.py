@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from workers.adapter import Adapter, adapter_digests, read_adapter, write_adapter
 from workers.fuse.factors import Factors, one_thread
-from workers.fuse.normal import adapter_of, common_targets, modules, output_dtype
+from workers.fuse.normal import Module, adapter_of, common_targets, modules, output_dtype
 from workers.fuse.report import REPORT, ModuleReport, Overlap, as_json, clamped, module_report, summary
 from workers.fuse.rule import Options
 from workers.fuse.rules import checked_rule
 from workers.manifest import MANIFEST, json_digest, publish_folder, read_manifest, verify_folder
 from workers.types import BadInput, FuseTask
+
+Groups = Sequence[tuple[str, Sequence[float]]]
 
 
 def fuse(
@@ -23,8 +26,11 @@ def fuse(
     rule: str = "cat",
     rank: int | None = None,
     names: Sequence[str] | None = None,
+    groups: Groups = (),
 ) -> tuple[Adapter, dict[str, Any]]:
     """One adapter for all, and the report. `names` say in errors which adapter is meant.
+
+    `groups` give modules other weights than `weights`: see `FuseTask`.
 
     Raises BadInput for a plan or adapters that do not fit together: another base, other shapes, NaN.
     """
@@ -35,7 +41,8 @@ def fuse(
     reports: dict[str, ModuleReport] = {}
     overlap = Overlap(len(adapters))
     with one_thread():
-        for module in modules(adapters, weights, names):
+        for plain in modules(adapters, weights, names):
+            module = _in_group(plain, groups)
             result = apply(module, options)
             fused[module.name] = result.factors
             reports[module.name] = module_report(module, result)
@@ -45,6 +52,7 @@ def fuse(
         "rule": rule,
         "rank": rank,
         "weights": list(weights),
+        **({"groups": dict(groups)} if groups else {}),
         "notes": clamped(rank, reports),
         "summary": summary(reports),
         "cosines": overlap.cosines(),
@@ -64,16 +72,22 @@ def fuse_folders(task: FuseTask) -> dict[str, Any]:
     base_digest = _common_base(folders, adapters)
     sources = [adapter_digests(folder) for folder in folders]
     weights = [float(weight) for weight in task.weights]
-    plan = json_digest([task.rule, task.rank, weights, sources])
+    plan = json_digest([task.rule, task.rank, weights, sources, *task.groups])
     out = Path(task.out_dir)
     if out.exists():
         return _done_before(out, plan)
-    fused, report = fuse(adapters, weights, task.rule, task.rank, task.adapter_dirs)
+    fused, report = fuse(adapters, weights, task.rule, task.rank, task.adapter_dirs, task.groups)
     report["sources"] = sources
     with publish_folder(out, {"plan": plan, **base_digest}) as scratch:
         write_adapter(fused, scratch)
         (scratch / REPORT).write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
     return report
+
+
+def _in_group(module: Module, groups: Groups) -> Module:
+    """With the weights of the first group whose word is in the module's name."""
+    found = next((weights for part, weights in groups if part in module.name), None)
+    return replace(module, weights=tuple(found)) if found is not None else module
 
 
 def _done_before(out: Path, plan: str) -> dict[str, Any]:

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from workers.fuse.cat import cat
+from workers.fuse.random import random
 from workers.fuse.rule import Options, Rule
 from workers.fuse.svd import truncated_svd
 from workers.types import BadInput
 
 RULES: dict[str, Rule] = {
     "cat": Rule(cat, takes_rank=False, words="exact weighted sum, at the sum of the ranks"),
+    "random": Rule(random, takes_rank=False, words="a control: random, of the weighted sum's norms"),
     "svd": Rule(truncated_svd, takes_rank=True, words="best approximation of the weighted sum at a rank"),
 }
 

@@ -1,0 +1,33 @@
+"""Arguments and options that several commands share. Imports nothing but typer: help must be quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orchestrator.commands.output import Format
+
+SETTINGS: dict[str, Any] = {
+    "no_args_is_help": True,
+    "add_completion": False,
+    # rich takes 0.1 s to import, and its tracebacks would hide the line that matters.
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
+}
+HomeFolder = Annotated[
+    Path, typer.Option("--home", envvar="CHORUS_HOME", help="Folder of jobs, checkpoints and MLflow.")
+]
+DEFAULT_HOME = Path(".chorus")
+StoreUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        envvar="CHORUS_STORE",
+        help="sqlite:///FILE or postgresql://USER@HOST/DATABASE. Left out: chorus.db of the home.",
+    ),
+]
+Output = Annotated[Format, typer.Option("--output", "-o", help="For people or for programs.")]
+Reference = Annotated[str, typer.Argument(metavar="NAME@REF", help="NAME@champion, NAME@3 or NAME/3.")]
+RegisteredName = Annotated[str, typer.Argument(help="Registered name.")]
