@@ -160,6 +160,30 @@ class EvaluationSpec:
 
 
 @dataclass(frozen=True)
+class RuleOptions:
+    """What a plan may set beside rule, rank and weights; None is the rule's default. See `workers.rules`."""
+
+    energy: float | None = None
+    """Cut every module to the lowest rank that keeps this share of sum_i s_i^2."""
+    bucket: int | None = None
+    """Cut to a rank that vLLM sets memory aside for."""
+    density: float | None = None
+    """Share of entries that are kept; 0.5."""
+    seed: int | None = None
+    """Of the entries that are dropped at random; 0."""
+    epsilon: float | None = None
+    """della: how far the chance to be kept rises from the smallest entry to the largest; 0.1."""
+    gamma: float | None = None
+    """breadcrumbs: share of entries that are dropped as too large; 0.01."""
+    common: float | None = None
+    """iso_cts: share of the directions taken from the sum; 0.8."""
+    alpha: float | None = None
+    """regmean: what the off-diagonal of a Gram matrix is multiplied by; 0.9."""
+    scale: float | None = None
+    """Of the result; 1."""
+
+
+@dataclass(frozen=True)
 class FuseTask:
     """Fuse adapter folders into `out_dir` (PEFT layout, with `fusion.json`). See `workers.fuse`."""
 
@@ -167,11 +191,12 @@ class FuseTask:
     weights: tuple[float, ...]
     rule: str
     rank: int | None
-    """Target rank of the `svd` rule; None for rules that keep the exact sum."""
+    """What the result is cut to; None for rules that decide it themselves."""
     out_dir: str
     groups: tuple[tuple[str, tuple[float, ...]], ...] = ()
     """(part of a module's name, a weight an adapter): where the first one occurs, it takes the place of
     `weights`. Empty: `weights` hold for every module."""
+    options: RuleOptions = RuleOptions()
 
 
 @dataclass(frozen=True)
@@ -438,6 +463,14 @@ class ExportTask:
     """(name, text): the card, the recipe, and what else is put into the folder as it is."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Of the merged weights. Give `BaseSpec.dtype`: then the merged model computes what the host computed."""
+    name: str = ""
+    """`name/version` of what is released."""
+    base_digest: str = ""
+    """If the base's files have just been verified: then they are not read once more to name them."""
+    repair: bool = False
+    """Write the adapter as every server reads it: one rank, scale 1 (`workers.servers.repaired`)."""
+    signing_key: str | None = None
+    """Private key in PEM with which the folder is signed."""
 
 
 Task = FuseTask | ExportTask

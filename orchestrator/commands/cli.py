@@ -318,15 +318,20 @@ def fuse(
     adapters: Annotated[list[str], typer.Argument(help="Versions (NAME@champion, NAME/3) or PEFT folders.")],
     out: NewFolder,
     weights: Annotated[str, typer.Option(help="One figure an adapter, like 1,0.5; left out, 1 each.")] = "",
-    rule: Annotated[str, typer.Option(help="cat: the exact sum; svd: the nearest of a given rank.")] = "cat",
-    rank: Annotated[int | None, typer.Option(min=1, help="Of the result; rule svd only.")] = None,
+    rule: Annotated[
+        str, typer.Option(help="cat: the exact sum; svd: the nearest of a given rank; ties, ...")
+    ] = "cat",
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the result; rule cat takes none.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Of the rule, like density=0.2.")
+    ] = None,
     home: HomeFolder = DEFAULT_HOME,
 ) -> None:
     """Fuse adapters of one base into one, in a folder."""
     from orchestrator.commands.export import FuseOptions
     from orchestrator.commands.export import fuse as body
 
-    options = FuseOptions(tuple(adapters), _weights(weights), rule, rank, out)
+    options = FuseOptions(tuple(adapters), _weights(weights), rule, rank, out, tuple(settings or ()))
     body(ctx.obj, _home(home), options, console())
 
 
@@ -346,14 +351,18 @@ def release(
     out: NewFolder,
     merged: Annotated[bool, typer.Option("--merged", help="A full model instead of the adapter.")] = False,
     base: Annotated[str | None, typer.Option(help="Base file or model folder, if it was moved.")] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="One rank and scale 1, as vLLM, SGLang and llama.cpp read it.")
+    ] = False,
+    key: Annotated[Path | None, typer.Option(help="EC private key in PEM: sign the folder.")] = None,
     home: HomeFolder = DEFAULT_HOME,
     store: StoreUrl = None,
 ) -> None:
-    """Write a version that passed its gates to a folder, with card and manifest."""
+    """Write a version that passed its gates to a folder, with card, manifest and bill of materials."""
     from orchestrator.commands.export import ReleaseOptions
     from orchestrator.commands.export import release as body
 
-    body(ctx.obj, _home(home, store), ReleaseOptions(reference, out, merged, base), console())
+    body(ctx.obj, _home(home, store), ReleaseOptions(reference, out, merged, base, repair, key), console())
 
 
 # ---- the rest -------------------------------------------------------------------------------------------

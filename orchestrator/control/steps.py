@@ -130,6 +130,7 @@ class Steps:
             weights=tuple(weight for _, weight in what.adapters),
             rule=what.rule,
             rank=what.rank,
+            options=what.options,
             out_dir=str(self._ledger.fusion_dir(step)),
         )
 
@@ -170,6 +171,7 @@ class Steps:
                 ("recipe.yaml", order.registered.recipe_yaml),
             ),
             dtype=base.dtype,
+            name=self._registration.registered_label(order),
         )
 
     def hear_tasks(self, guard: Callable[[str], Any]) -> None:
