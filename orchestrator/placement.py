@@ -103,6 +103,8 @@ class Room:
         self.shares = shares
         self.opened: list[NewHost] = []
         self.closed: list[str] = []
+        self.seated: set[str] = set()
+        """Jobs that were given a slot by this decision: it does not take it back."""
         self.reserved = 0
         """Ranks that are free or about to be, and that a job before in the line waits for."""
         self._suspects = suspects
@@ -220,6 +222,7 @@ class Room:
             self.idle_ranks -= host.world_size
         if job.need is Need.SLOT:
             self._charge(host, -1)
+            self.seated.add(job.job)
             resident = Resident(
                 job.job, job.team, job.priority, job.attained, job.remaining, job.submitted_at
             )

@@ -84,10 +84,11 @@ class Preemption:
         return self._room.shares.may_reclaim(asks.job.team, ranks, resident.team, aged=asks.aged)
 
     def protected(self, resident: Resident) -> bool:
-        """At most one preemption of a job in `protection` seconds."""
-        return (
-            resident.preempted_at is not None and self._now - resident.preempted_at < self._policy.protection
-        )
+        """At most one preemption of a job in `protection` seconds; none of one seated a moment ago."""
+        if resident.job in self._room.seated:
+            return True
+        before = resident.preempted_at
+        return before is not None and self._now - before < self._policy.protection
 
     def _preempt(self, host: HostView, job: Waiting, victims: list[str]) -> None:
         self.preempted |= dict.fromkeys(victims, job.job)

@@ -389,6 +389,40 @@ def doctor(home: HomeFolder = DEFAULT_HOME, output: Output = Format.table) -> No
     _exit(0 if all(check.ok for check in found) else 1)
 
 
+@app.command()
+def simulate(
+    ctx: typer.Context,
+    trace: Annotated[
+        Path, typer.Argument(metavar="TRACE", help="A Philly, Gavel or Tiresias trace, or a home folder.")
+    ],
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the cluster.")],
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="chorus (unless given), las, fifo-skip, fifo; several times to compare."),
+    ] = None,
+    teams: Annotated[Path | None, typer.Option(help="A teams.yaml. Left out: that of the home.")] = None,
+    every: Annotated[float, typer.Option(min=1, help="Seconds between two decisions.")] = 300.0,
+    load: Annotated[float, typer.Option(min=0, help="Seconds that opening a host takes.")] = 60.0,
+    shared: Annotated[
+        float, typer.Option(min=0, max=1, help="Part of a tick that the residents of a host share.")
+    ] = 0.0,
+    steps_known: Annotated[
+        bool, typer.Option("--steps-known", help="Steps to come are known once a job has run.")
+    ] = False,
+    steps_per_second: Annotated[float | None, typer.Option(min=1e-9, help="For a Gavel trace.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="A PNG: queue and shares over time.")] = None,
+    home: HomeFolder = DEFAULT_HOME,
+    output: Output = Format.table,
+) -> None:
+    """Run the scheduler over a trace of jobs in simulated time."""
+    from orchestrator.commands import simulation as body
+
+    setting = body.Setting(gpus, every, load, shared, steps_known)
+    names = body.policy_names(policy or ["chorus"])
+    options = body.SimulateOptions(trace, setting, names, teams, steps_per_second, picture)
+    body.run(ctx.obj, _home(home), options, output)
+
+
 @recipe_app.command()
 def validate(file: RecipeFile, output: Output = Format.table) -> None:
     """Check a file: its keys, base, data and gates."""

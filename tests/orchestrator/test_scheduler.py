@@ -44,6 +44,13 @@ def test_schedule_warm_host_with_a_free_slot_is_used_before_a_new_one():
     assert (decision.start_hosts, decision.placements) == ((), {"a": "h1"})
 
 
+def test_schedule_job_placed_in_this_decision_is_not_preempted_by_it():
+    wide, narrow = waiting("wide", base="b1", world_size=8), waiting("narrow", base="b2", world_size=1)
+    decision = decide(replace(wide, team="a"), replace(narrow, team="b"), capacity=Capacity(8, 0))
+    assert (decision.placements, decision.preempt) == ({"wide": "host-1"}, {})
+    assert decision.refusals == {"narrow": Reason.WAITS_FOR_HOST}
+
+
 def test_schedule_full_host_makes_the_youngest_wait_for_a_slot():
     full = host(slots=2, residents=residents("x"))
     decision = decide(waiting("old"), waiting("young", submitted_at=9.0), hosts=[full])
