@@ -6,17 +6,36 @@ Owns what lies in such a folder. The merge is `workers.merge`'s, publishing `wor
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from workers.adapter import WEIGHTS, adapter_digests, check_finite, read_adapter
+from workers.adapter import (
+    WEIGHTS,
+    Adapter,
+    adapter_digests,
+    check_finite,
+    read_adapter,
+    write_adapter,
+)
 from workers.adapter_config import CONFIG
+from workers.bom import BOM, bill_of_materials
 from workers.fuse.report import REPORT
-from workers.manifest import MANIFEST, file_digest, json_digest, publish_folder, read_manifest, verify_folder
+from workers.manifest import (
+    MANIFEST,
+    SIGNATURE,
+    file_digest,
+    folder_files,
+    json_digest,
+    publish_folder,
+    read_manifest,
+    verify_folder,
+)
 from workers.merge import BASE_CONFIG, check_fit, weight_map, write_merged
+from workers.servers import Obstacle, commands, obstacles, repaired, vllm_rank
+from workers.signature import check_key, sign
 from workers.types import BadInput, ExportTask
 
 MODEL_FILES = (
@@ -27,31 +46,84 @@ MODEL_FILES = (
 """What a merged model takes over from its base, where it is there. Code is not among it."""
 
 ADAPTER_FILES = (CONFIG, WEIGHTS, REPORT)
+CARD = "README.md"
 
 
 def export(task: ExportTask) -> dict[str, Any]:
     """Publish `task.out_dir` with a manifest and return {"out_dir", "merged", "files": name -> SHA-256}.
 
+    Also `obstacles`: {"server", "words"} for each server that would not serve it, and `commands` to serve it.
     Doing it again where the same release is there changes nothing. Raises BadInput for an adapter that does
-    not fit the base, NaN or Inf in it, or an `out_dir` that holds something else; CorruptFolder if a byte of
-    the adapter differs from its manifest. After any error no folder is left behind.
+    not fit the base, NaN or Inf in it, a key that cannot sign, or an `out_dir` that holds something else;
+    CorruptFolder if a byte of the adapter differs from its manifest. After any error no folder is left.
     """
     source, base, out = Path(task.adapter_dir), Path(task.base_path), Path(task.out_dir)
     _check_extra_names(task)
+    if task.signing_key:
+        check_key(Path(task.signing_key))
     adapter = read_adapter(source)
     check_finite(adapter, task.adapter_dir)
     check_fit(adapter, base)
     contents = _contents(task)
-    if not out.exists():
-        with publish_folder(out, contents) as scratch:
-            if task.merged:
-                write_merged(adapter, base, scratch, getattr(torch, task.dtype))
-                _copy_present(base, scratch, MODEL_FILES)
-            else:
-                _copy_present(source, scratch, ADAPTER_FILES)
-            for name, text in task.extra_files:
-                (scratch / name).write_text(text)
-    return _published(out, contents)
+    if task.repair:
+        adapter = repaired(adapter)
+    found = [] if task.merged else obstacles(adapter, base)
+    fresh = not out.exists()
+    if fresh:
+        known: dict[str, str] = {}
+        with publish_folder(out, contents, known) as scratch:
+            _write_weights(task, adapter, scratch, known)
+            _write_documents(task, adapter, found, scratch)
+            known |= {name: entry["sha256"] for name, entry in folder_files(scratch, known).items()}
+            (scratch / BOM).write_text(_bill(task, contents, known))
+    published = _published(out, contents, fresh)
+    if task.signing_key and not (out / SIGNATURE).is_file():
+        sign(out, Path(task.signing_key))
+    return published | {
+        "obstacles": [{"server": obstacle.server, "words": obstacle.words} for obstacle in found],
+        "commands": _commands(task, adapter),
+    }
+
+
+def _write_weights(task: ExportTask, adapter: Adapter, out: Path, known: dict[str, str]) -> None:
+    base = Path(task.base_path)
+    if task.merged:
+        known |= write_merged(adapter, base, out, getattr(torch, task.dtype))
+        _copy_present(base, out, MODEL_FILES)
+    elif task.repair:
+        write_adapter(adapter, out)
+        _copy_present(Path(task.adapter_dir), out, (REPORT,))
+    else:
+        _copy_present(Path(task.adapter_dir), out, ADAPTER_FILES)
+
+
+def _write_documents(task: ExportTask, adapter: Adapter, found: Sequence[Obstacle], out: Path) -> None:
+    """The card says how this very folder is served, which the version's own could not know."""
+    for name, text in task.extra_files:
+        serving = _serving_section(_commands(task, adapter), found) if name == CARD else ""
+        (out / name).write_text(text + serving)
+
+
+def _commands(task: ExportTask, adapter: Adapter) -> dict[str, str]:
+    name = task.name.partition("/")[0] or Path(task.out_dir).name
+    return commands(name, adapter.base_model or task.base_path, task.merged, vllm_rank(adapter))
+
+
+def _serving_section(served_by: Mapping[str, str], found: Sequence[Obstacle]) -> str:
+    lines = ["", "## Serving", "", "From within this folder:", ""]
+    for server, command in served_by.items():
+        against = [obstacle.words for obstacle in found if obstacle.server == server]
+        lines += [f"- {server} would not serve it as it was scored: {'; '.join(against)}"] if against else []
+        lines += [] if against else [f"- {server}: `{command}`"]
+    return "\n".join(lines) + "\n"
+
+
+def _bill(task: ExportTask, contents: Mapping[str, Any], files: Mapping[str, str]) -> str:
+    card = dict(task.extra_files).get(CARD, "")
+    properties = {f"adapter:{name}": digest for name, digest in contents["adapter"].items()}
+    properties |= {"base": contents.get("base_digest", ""), "merged": str(task.merged).lower()}
+    name, _, version = task.name.partition("/")
+    return bill_of_materials(name or "adapter", version or "0", files, properties, card)
 
 
 def _contents(task: ExportTask) -> dict[str, Any]:
@@ -60,13 +132,19 @@ def _contents(task: ExportTask) -> dict[str, Any]:
     contents: dict[str, Any] = {
         "adapter": adapter_digests(source),
         "merged": task.merged,
+        "repaired": task.repair,
         "extra_files": json_digest(sorted(task.extra_files)),
     }
-    if task.merged:
-        shards = {path.name: file_digest(path) for path in sorted(set(weight_map(base).values()))}
-        contents |= {"dtype": task.dtype, "base_files": shards | _digest(base / BASE_CONFIG)}
-    if (source / MANIFEST).is_file() and (digest := read_manifest(source).get("base_digest")):
+    if task.base_digest:
+        contents["base_digest"] = task.base_digest
+    elif (source / MANIFEST).is_file() and (digest := read_manifest(source).get("base_digest")):
         contents["base_digest"] = digest
+    if task.merged:
+        contents["dtype"] = task.dtype
+    if task.merged and not task.base_digest:
+        # Who names the base by its digest has read its files already: they are not read once more.
+        shards = {path.name: file_digest(path) for path in sorted(set(weight_map(base).values()))}
+        contents["base_files"] = shards | _digest(base / BASE_CONFIG)
     return contents
 
 
@@ -82,7 +160,7 @@ def _copy_present(source: Path, target: Path, names: Sequence[str]) -> None:
 
 def _check_extra_names(task: ExportTask) -> None:
     """An extra file must neither leave the folder nor take the place of one that the release is made of."""
-    own = {CONFIG, WEIGHTS, REPORT, MANIFEST, BASE_CONFIG, *MODEL_FILES}
+    own = {CONFIG, WEIGHTS, REPORT, MANIFEST, SIGNATURE, BOM, BASE_CONFIG, *MODEL_FILES}
     for name, _ in task.extra_files:
         if name != Path(name).name or name in own or name.endswith((".safetensors", ".index.json")):
             raise BadInput(
@@ -90,10 +168,11 @@ def _check_extra_names(task: ExportTask) -> None:
             )
 
 
-def _published(out: Path, contents: dict[str, Any]) -> dict[str, Any]:
+def _published(out: Path, contents: dict[str, Any], fresh: bool) -> dict[str, Any]:
+    """What lies in `out`. Bytes that were hashed on their way to the disk are not read again."""
     manifest = read_manifest(out) if (out / MANIFEST).is_file() else {}
     if any(manifest.get(key) != value for key, value in contents.items()):
         raise BadInput(f"{out} exists and is not this release; give another folder or remove it")
-    files = verify_folder(out)["files"]
+    files = (manifest if fresh else verify_folder(out))["files"]
     digests = {name: entry["sha256"] for name, entry in files.items()}
     return {"out_dir": str(out), "merged": contents["merged"], "files": digests}

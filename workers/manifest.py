@@ -17,6 +17,8 @@ from typing import Any
 from uuid import uuid4
 
 MANIFEST = "manifest.json"
+SIGNATURE = "model.sig"
+"""Over everything else in a folder, the manifest included; so no manifest can list it."""
 
 
 class CorruptFolder(Exception):
@@ -35,20 +37,29 @@ def json_digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def folder_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Relative path -> {sha256, bytes} of every file below `folder` except the manifest."""
+def folder_files(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    """Relative path -> {sha256, bytes} of every file below `folder` except the manifest and its signature.
+
+    `known` are SHA-256 that were taken while the files were written: those are not read again.
+    """
+    unlisted = {folder / SIGNATURE, folder / f".{SIGNATURE}"}
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    names = {path.relative_to(folder).as_posix(): path for path in files if path not in unlisted}
+    digests = known or {}
     return {
-        path.relative_to(folder).as_posix(): {"sha256": file_digest(path), "bytes": path.stat().st_size}
-        for path in files
+        name: {"sha256": digests.get(name) or file_digest(path), "bytes": path.stat().st_size}
+        for name, path in names.items()
     }
 
 
 @contextmanager
-def publish_folder(final: Path, extra: Mapping[str, Any] | None = None) -> Generator[Path]:
+def publish_folder(
+    final: Path, extra: Mapping[str, Any] | None = None, known: Mapping[str, str] | None = None
+) -> Generator[Path]:
     """Yield a scratch folder beside `final`; on success add its manifest, fsync and rename it into place.
 
-    A reader sees the whole folder or none. `extra` is stored in the manifest under its own keys.
+    A reader sees the whole folder or none. `extra` is stored in the manifest under its own keys; `known` may
+    be filled while the folder is written, as in `folder_files`.
     Raises FileExistsError if `final` exists: a published folder is never changed.
     """
     if final.exists():
@@ -58,7 +69,7 @@ def publish_folder(final: Path, extra: Mapping[str, Any] | None = None) -> Gener
     scratch.mkdir()
     try:
         yield scratch
-        manifest = {**(extra or {}), "files": folder_files(scratch)}
+        manifest = {**(extra or {}), "files": folder_files(scratch, known)}
         (scratch / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
         _fsync_tree(scratch)
         scratch.rename(final)

@@ -1,4 +1,4 @@
-"""An adapter merged into its base's weights, file by file: W + scaling * B A, one shard in memory at a time.
+"""An adapter merged into its base's weights: W + scaling * B A, one tensor in memory at a time.
 
 Owns the layout of a base's safetensors files. Builds no model; the base folder is only read.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,12 +16,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from workers.adapter import Adapter
-from workers.tensors import save_tensors
+from workers.shards import DTYPES, Entry, write_shard
 from workers.types import BadInput
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BASE_CONFIG = "config.json"
+FLOATS = ("F64", "F32", "BF16", "F16")
+ROWS_AT_ONCE = 1 << 24
+"""Elements of a weight that are widened at once: bounds what arithmetic adds to a tensor's own memory."""
 
 
 def weight_map(base: Path) -> dict[str, Path]:
@@ -55,46 +59,56 @@ def check_fit(adapter: Adapter, base: Path) -> None:
                 f"module '{module}' is {b.shape[0]} x {a.shape[1]} in the adapter but its weight is "
                 f"{' x '.join(map(str, shape))} in {base}; was it trained on another base?"
             )
-        if dtype not in ("F64", "F32", "BF16", "F16"):
+        if dtype not in FLOATS:
             raise BadInput(
                 f"{base}: weight '{weight}' is stored as {dtype}; merge into the base not quantised"
             )
 
 
-def write_merged(adapter: Adapter, base: Path, out: Path, dtype: torch.dtype) -> None:
+def write_merged(adapter: Adapter, base: Path, out: Path, dtype: torch.dtype) -> dict[str, str]:
     """Write the merged weights, their index and `config.json` into `out`, floating weights in `dtype`.
 
-    An output head that shares the embedding's weight gets its own where the adapter changes it.
+    File name -> SHA-256 of the weights' files, which are cut as the base's are. An output head that shares
+    the embedding's weight gets its own where the adapter changes it.
     """
     shards = weight_map(base)
     sources = {f"{module}.weight": _source(module, shards, base) for module in adapter.factors}
-    placed: dict[str, Path] = {}
+    digests: dict[str, str] = {}
+    placed: dict[str, str] = {}
     size = 0
     for path in sorted(set(shards.values())):
-        tensors = _merged_shard(adapter, sources, path, dtype)
-        save_tensors(tensors, out / path.name)
-        placed |= dict.fromkeys(tensors, path)
-        size += sum(tensor.nbytes for tensor in tensors.values())
+        entries = _entries(path, sources, dtype)
+        merged = partial(_merged_tensor, adapter, sources, path, dtype)
+        digests[path.name] = write_shard(out / path.name, entries, merged)
+        placed |= dict.fromkeys(entries, path.name)
+        size += sum(entry.nbytes for entry in entries.values())
     if (base / INDEX).is_file():
-        index = {
-            "metadata": {"total_size": size},
-            "weight_map": {name: path.name for name, path in sorted(placed.items())},
-        }
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(placed.items()))}
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    tied = _tied_head(base)
+    tied = tied_head(base)
     _write_config(base, out, dtype, untie=tied is not None and tied[0] in sources)
+    return digests
 
 
-def _merged_shard(
-    adapter: Adapter, sources: Mapping[str, str], path: Path, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def _entries(path: Path, sources: Mapping[str, str], dtype: torch.dtype) -> dict[str, Entry]:
     """The tensors of one shard, and of the modules that start from a tensor in it under another name."""
     with safe_open(path, "pt") as shard:
         names = set(shard.keys())
         names |= {weight for weight, source in sources.items() if source in names}
-        return {
-            name: _merged(adapter, name, shard.get_tensor(sources.get(name, name)), dtype) for name in names
-        }
+        pieces = {name: shard.get_slice(sources.get(name, name)) for name in sorted(names)}
+        stored = {name: (piece.get_shape(), DTYPES[piece.get_dtype()]) for name, piece in pieces.items()}
+    return {
+        name: Entry(tuple(shape), dtype if kind.is_floating_point else kind)
+        for name, (shape, kind) in stored.items()
+    }
+
+
+def _merged_tensor(
+    adapter: Adapter, sources: Mapping[str, str], path: Path, dtype: torch.dtype, name: str
+) -> Tensor:
+    """One tensor; the file is opened anew for each, so that no more of it than that stays in memory."""
+    with safe_open(path, "pt") as shard:
+        return _merged(adapter, name, shard.get_tensor(sources.get(name, name)), dtype)
 
 
 def _merged(adapter: Adapter, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,7 +120,13 @@ def _merged(adapter: Adapter, name: str, weight: Tensor, dtype: torch.dtype) -> 
     # Added in float32 at least and rounded once: bf16 arithmetic would lose most of a small delta.
     wide = torch.promote_types(dtype, torch.float32)
     a, b = (factor.to(wide) for factor in adapter.factors[module])
-    return (weight.to(wide) + adapter.scaling(module) * (b @ a)).to(dtype).contiguous()
+    a = adapter.scaling(module) * a
+    merged = torch.empty(weight.shape, dtype=dtype)
+    rows = max(1, ROWS_AT_ONCE // weight.shape[1])
+    for start in range(0, len(weight), rows):
+        part = slice(start, start + rows)
+        merged[part] = torch.addmm(weight[part].to(wide), b[part], a)
+    return merged
 
 
 def _source(module: str, shards: Mapping[str, Path], base: Path) -> str:
@@ -114,13 +134,13 @@ def _source(module: str, shards: Mapping[str, Path], base: Path) -> str:
     weight = f"{module}.weight"
     if weight in shards:
         return weight
-    tied = _tied_head(base)
+    tied = tied_head(base)
     if tied is None or tied[0] != weight or tied[1] not in shards:
         raise BadInput(f"module '{module}' of the adapter is not in {base}; was it trained on another base?")
     return tied[1]
 
 
-def _tied_head(base: Path) -> tuple[str, str] | None:
+def tied_head(base: Path) -> tuple[str, str] | None:
     """(weight of the output head, weight of the embedding) if the base shares one between them."""
     config = AutoConfig.from_pretrained(base)
     if not config.tie_word_embeddings:

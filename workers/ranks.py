@@ -6,6 +6,7 @@ One process alone needs no process group; several join one over gloo (CPU) or NC
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -45,6 +46,12 @@ class Ranks:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def begin_sum(self, tensor: torch.Tensor) -> Callable[[], object]:
+        """`sum_` in the background; what is returned waits until `tensor` holds the sum."""
+        if self.world_size == 1:
+            return lambda: None
+        return dist.all_reduce(tensor, async_op=True).wait  # type: ignore[union-attr]
 
     def form_group(self) -> None:
         """Make one rank a process group of its own, for a library that needs one; several are in one."""

@@ -463,6 +463,14 @@ class ExportTask:
     """(name, text): the card, the recipe, and what else is put into the folder as it is."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Of the merged weights. Give `BaseSpec.dtype`: then the merged model computes what the host computed."""
+    name: str = ""
+    """`name/version` of what is released."""
+    base_digest: str = ""
+    """If the base's files have just been verified: then they are not read once more to name them."""
+    repair: bool = False
+    """Write the adapter as every server reads it: one rank, scale 1 (`workers.servers.repaired`)."""
+    signing_key: str | None = None
+    """Private key in PEM with which the folder is signed."""
 
 
 Task = FuseTask | ExportTask

@@ -351,14 +351,18 @@ def release(
     out: NewFolder,
     merged: Annotated[bool, typer.Option("--merged", help="A full model instead of the adapter.")] = False,
     base: Annotated[str | None, typer.Option(help="Base file or model folder, if it was moved.")] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="One rank and scale 1, as vLLM, SGLang and llama.cpp read it.")
+    ] = False,
+    key: Annotated[Path | None, typer.Option(help="EC private key in PEM: sign the folder.")] = None,
     home: HomeFolder = DEFAULT_HOME,
     store: StoreUrl = None,
 ) -> None:
-    """Write a version that passed its gates to a folder, with card and manifest."""
+    """Write a version that passed its gates to a folder, with card, manifest and bill of materials."""
     from orchestrator.commands.export import ReleaseOptions
     from orchestrator.commands.export import release as body
 
-    body(ctx.obj, _home(home, store), ReleaseOptions(reference, out, merged, base), console())
+    body(ctx.obj, _home(home, store), ReleaseOptions(reference, out, merged, base, repair, key), console())
 
 
 # ---- the rest -------------------------------------------------------------------------------------------

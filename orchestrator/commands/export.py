@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,10 @@ class ReleaseOptions:
     merged: bool
     base: str | None
     """Base file or model folder, when the base is not where it was at training."""
+    repair: bool = False
+    """Write the adapter as every server reads it."""
+    key: Path | None = None
+    """Private key in PEM to sign the folder with."""
 
 
 def release(parts: Parts, home: Home, options: ReleaseOptions, console: Console) -> None:
@@ -99,6 +103,8 @@ def release(parts: Parts, home: Home, options: ReleaseOptions, console: Console)
     did not pass.
     """
     _refuse_existing(options.out)
+    if options.key is not None and not options.key.is_file():
+        raise BadInput(f"{options.key} is no file; give the private key to sign with, in PEM")
     with parts.registry(home) as registry:
         version = find(registry, options.adapter)
         label = f"{version.name}/{version.version}"
@@ -107,11 +113,29 @@ def release(parts: Parts, home: Home, options: ReleaseOptions, console: Console)
         base = _base_of(parts, home, version, options.base)
         files = tuple((name, registry.read_text(version, name)) for name in ("README.md", "recipe.yaml"))
         adapter = _downloaded(registry, home, version)
-    task = ExportTask(str(adapter), base.path, options.merged, str(options.out.absolute()), files, base.dtype)
+    task = ExportTask(
+        *(str(adapter), base.path, options.merged, str(options.out.absolute()), files, base.dtype),
+        name=label,
+        base_digest=version.tags["base.digest"],
+        repair=options.repair,
+        signing_key=None if options.key is None else str(options.key.absolute()),
+    )
     with parts.cluster(home, ClusterChoice(local=True)) as cluster:
-        _carry_out(cluster, task)
+        made = _carry_out(cluster, task)
     kind = "merged model" if options.merged else "adapter"
     console.print(f"{label}: {kind} in {options.out}", soft_wrap=True)
+    _say_how_to_serve(made, options, console)
+
+
+def _say_how_to_serve(made: Mapping[str, Any], options: ReleaseOptions, console: Console) -> None:
+    against = {obstacle["server"]: obstacle["words"] for obstacle in made.get("obstacles", ())}
+    for server, words in against.items():
+        console.print(f"{server} would not serve it as it was scored: {words}", soft_wrap=True)
+    if against and not options.repair:
+        console.print("`chorus release --repair` writes it as every server reads it", soft_wrap=True)
+    for server, command in made.get("commands", {}).items():
+        if server not in against:
+            console.print(f"{server}, in {options.out}: {command}", soft_wrap=True)
 
 
 def _base_of(parts: Parts, home: Home, version: AdapterVersion, named: str | None) -> BaseSpec:

@@ -84,6 +84,11 @@ class Registration:
         version = self._planned_version(order, reference)
         return self.registry.download(version, self.home / "downloads" / version.digest)
 
+    def registered_label(self, order: Order) -> str:
+        """`name/version` of a job's version."""
+        registered = self.ledger.result(order.job.step("register").id)
+        return f"{registered['name']}/{registered['version']}"
+
     def released_card(self, order: Order) -> str:
         """The card that the version was registered with; it tells of the champion of that moment."""
         registered = self.ledger.result(order.job.step("register").id)

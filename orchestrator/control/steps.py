@@ -165,6 +165,7 @@ class Steps:
                 ("recipe.yaml", order.registered.recipe_yaml),
             ),
             dtype=base.dtype,
+            name=self._registration.registered_label(order),
         )
 
     def hear_tasks(self, guard: Callable[[str], Any]) -> None:

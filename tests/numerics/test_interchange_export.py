@@ -105,7 +105,8 @@ def test_export_adapter_alone_has_the_bytes_of_its_version(base_dir: Path, adapt
     release = Path(done["out_dir"])
     for name, entry in folder_files(adapter_dir).items():
         assert done["files"][name] == entry["sha256"]
-    assert (release / "README.md").read_text() == "# a card\n"
+    assert (release / "README.md").read_text().startswith("# a card\n\n## Serving\n")
+    assert (release / "recipe.yaml").read_text() == "task: x\n"
     assert verify_folder(release)["base_digest"] == "d1"
     hosted = PeftModel.from_pretrained(load(base_dir), release)
     expected = plainly_merged(base_dir, [read_adapter(adapter_dir)], [1.0])
