@@ -22,7 +22,7 @@ from workers.fuse.rule import Merge, Options
 from workers.fuse.shared import shared
 from workers.fuse.spaces import knots_space, on_dense
 from workers.fuse.ties import ties, ties_mergekit, ties_peft
-from workers.rules import BUCKETS
+from workers.rules import BUCKETS, options_of
 from workers.tensors import save_tensors
 from workers.types import BadInput, RuleOptions
 
@@ -318,3 +318,11 @@ def test_core_is_the_exact_sum_at_the_rank_the_adapters_share() -> None:
     assert {len(a) for a, _ in fused.factors.values()} == {3}
     for name in SHAPES:
         assert relative_error(dense(fused, name), dense_sum([one, same], [1.0, 1.0], name)) < FLOAT32
+
+
+def test_options_from_words_are_those_of_a_recipe() -> None:
+    assert options_of(["density=0.3", "seed=4"]) == RuleOptions(density=0.3, seed=4)
+    with pytest.raises(BadInput, match="'densty' is no option of a rule; there are energy, bucket, density"):
+        options_of(["densty=1"])
+    with pytest.raises(BadInput, match="seed is 'x'; give it as seed=FIGURE"):
+        options_of(["seed=x"])
