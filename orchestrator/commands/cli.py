@@ -318,15 +318,20 @@ def fuse(
     adapters: Annotated[list[str], typer.Argument(help="Versions (NAME@champion, NAME/3) or PEFT folders.")],
     out: NewFolder,
     weights: Annotated[str, typer.Option(help="One figure an adapter, like 1,0.5; left out, 1 each.")] = "",
-    rule: Annotated[str, typer.Option(help="cat: the exact sum; svd: the nearest of a given rank.")] = "cat",
-    rank: Annotated[int | None, typer.Option(min=1, help="Of the result; rule svd only.")] = None,
+    rule: Annotated[
+        str, typer.Option(help="cat: the exact sum; svd: the nearest of a given rank; ties, ...")
+    ] = "cat",
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the result; rule cat takes none.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Of the rule, like density=0.2.")
+    ] = None,
     home: HomeFolder = DEFAULT_HOME,
 ) -> None:
     """Fuse adapters of one base into one, in a folder."""
     from orchestrator.commands.export import FuseOptions
     from orchestrator.commands.export import fuse as body
 
-    options = FuseOptions(tuple(adapters), _weights(weights), rule, rank, out)
+    options = FuseOptions(tuple(adapters), _weights(weights), rule, rank, out, tuple(settings or ()))
     body(ctx.obj, _home(home), options, console())
 
 

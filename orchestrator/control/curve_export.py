@@ -15,6 +15,7 @@ from orchestrator.control.submission import Order
 from orchestrator.plan.steps import EvaluateWhat, FuseWhat, SearchWhat
 from orchestrator.store.rows import Curves, MetricRow, ValidationRow
 from orchestrator.store.store import Store
+from workers.rules import as_given
 from workers.types import DatasetSpec, DistillSpec, Teacher
 
 EXPORT_EVERY = 3.0
@@ -132,11 +133,16 @@ def params(order: Order) -> dict[str, str]:
         return {key: str(value) for key, value in figures.items()}
     what = next(step.what for step in order.job.steps if step.id == order.series)
     if isinstance(what, SearchWhat):
-        searched = {"rule": what.fuse.rule, "rank": str(what.fuse.rank), "weights": "searched"}
+        searched = {**_of_rule(what.fuse), "weights": "searched"}
         return {**searched, "trials": str(what.trials), "groups": ", ".join(what.groups)}
     assert isinstance(what, FuseWhat)
     weights = ", ".join(f"{weight:g}" for _, weight in what.adapters)
-    return {"rule": what.rule, "rank": str(what.rank), "weights": weights}
+    return {**_of_rule(what), "weights": weights}
+
+
+def _of_rule(what: FuseWhat) -> dict[str, str]:
+    options = {key: f"{value:g}" for key, value in as_given(what.options).items()}
+    return {"rule": what.rule, "rank": str(what.rank), **options}
 
 
 def _distilled(distill: DistillSpec | None) -> dict[str, Any]:

@@ -124,6 +124,7 @@ class Steps:
             weights=tuple(weight for _, weight in what.adapters),
             rule=what.rule,
             rank=what.rank,
+            options=what.options,
             out_dir=str(self._ledger.fusion_dir(step)),
         )
 

@@ -58,6 +58,7 @@ class Lines:
     x: Sequence[float]
     series: Mapping[str, Sequence[float]]
     labels: tuple[str, str]
+    height = 3.6
 
     def draw(self, axes: Any) -> None:
         for name, values in self.series.items():
@@ -72,6 +73,11 @@ class Lines:
 class Bars:
     series: Mapping[str, float]
     label: str
+
+    @property
+    def height(self) -> float:
+        """Inches; a bar keeps room for its name."""
+        return max(3.6, 1 + 0.2 * len(self.series))
 
     def draw(self, axes: Any) -> None:
         axes.barh(list(self.series), list(self.series.values()))
@@ -150,7 +156,7 @@ def _plot(outcome: Outcome, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6.4, 3.6), dpi=100, layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(6.4, outcome.plot.height), dpi=100, layout="constrained")
     outcome.plot.draw(axes)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(outcome.title, fontsize=10)
