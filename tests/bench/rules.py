@@ -229,10 +229,15 @@ def main(arguments: Sequence[str]) -> int:
     bench = Bench(pipeline.jobs[0].base.spec, parents, work, asked.trials, asked.samples)
     found = list(rows(bench, plan, home, asked.search))
     keys = {f"parent {parent.name}": parent.key for parent in parents}
-    command = ["python", "-m", "tests.bench.rules", *arguments]
-    path = write(outcome(found, keys, searches(bench)), machine, asked.out, command, small=False)
+    path = write(outcome(found, keys, searches(bench)), machine, asked.out, command(asked), small=False)
     print(path.read_text())
     return 0
+
+
+def command(asked: argparse.Namespace) -> list[str]:
+    """What was asked, without this machine's paths."""
+    options = ["--trials", str(asked.trials), "--samples", str(asked.samples), "--search", *asked.search]
+    return ["python", "-m", "tests.bench.rules", "--home", "HOME", "--work", "DIR", *options]
 
 
 def searches(bench: Bench) -> str:
