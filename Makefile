@@ -13,8 +13,9 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/chorus run recipes/demo.yaml
 
+# Two at a time, with one thread each (see tests/conftest.py); plain `.venv/bin/pytest` runs one after another.
 test: .venv/installed
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
 
 # By hand, on a machine that does nothing else; CASES="ticks memory" for some of them.
 bench: .venv/installed

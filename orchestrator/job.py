@@ -46,6 +46,7 @@ class Reason(StrEnum):
     WAITS_FOR_SLOT = "waits_for_slot"
     WAITS_FOR_MEMORY = "waits_for_memory"
     WAITS_FOR_CPU = "waits_for_cpu"
+    WAITS_APART = "waits_apart"
     PLACED = "placed"
     ATTACHED = "attached"
     STEPS_DONE = "steps_done"
@@ -69,6 +70,7 @@ class Reason(StrEnum):
     FUSION_REFUSED = "fusion_refused"
     RELEASE_REFUSED = "release_refused"
     OUT_OF_TIME = "out_of_time"
+    QUARANTINED = "quarantined"
     INTERNAL_ERROR = "internal_error"
 
 
@@ -91,6 +93,9 @@ REASONS: dict[Reason, ReasonRow] = {
     Reason.WAITS_FOR_SLOT: ReasonRow(Status.WAITING, None, "waits for a free slot on a host of its base"),
     Reason.WAITS_FOR_MEMORY: ReasonRow(Status.WAITING, None, "waits for memory on a host of its base"),
     Reason.WAITS_FOR_CPU: ReasonRow(Status.WAITING, None, "waits for a free CPU"),
+    Reason.WAITS_APART: ReasonRow(
+        Status.WAITING, None, "waits for a host without others: hosts died with it aboard"
+    ),
     Reason.PLACED: ReasonRow(Status.STARTING, None, "placed on a host"),
     Reason.ATTACHED: ReasonRow(Status.RUNNING, None, "running"),
     Reason.STEPS_DONE: ReasonRow(Status.STOPPING, None, "all steps done; leaving the cluster"),
@@ -122,6 +127,7 @@ REASONS: dict[Reason, ReasonRow] = {
     Reason.FUSION_REFUSED: ReasonRow(Status.FAILED, 0, "its adapters cannot be fused"),
     Reason.RELEASE_REFUSED: ReasonRow(Status.FAILED, 0, "its release cannot be written"),
     Reason.OUT_OF_TIME: ReasonRow(Status.FAILED, 0, "it ran longer than its max_duration"),
+    Reason.QUARANTINED: ReasonRow(Status.FAILED, 0, "it takes down the hosts it trains on"),
     Reason.INTERNAL_ERROR: ReasonRow(Status.FAILED, 0, "an error inside chorus"),
 }
 

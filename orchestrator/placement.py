@@ -5,15 +5,36 @@ A refusal is a typed reason; its words are made where it is shown.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from orchestrator.contracts import Capacity
+from orchestrator.fairness import Shares
 from orchestrator.job import Reason
+from orchestrator.poison import apart
+from orchestrator.policy import DEFAULT_TEAM
 from orchestrator.queue import Need, Waiting
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """A job in a slot."""
+
+    job: str
+    team: str = DEFAULT_TEAM
+    priority: int = 0
+    attained: float = 0.0
+    """Rank-seconds it has had."""
+    remaining: float | None = None
+    """Rank-seconds it still needs, once the time of a step is known."""
+    submitted_at: float = 0.0
+    preempted_at: float | None = None
+    """When it was last preempted."""
+    leaving: bool = False
+    """It was told to leave and has not yet: its slot is not free, and it has nothing to give."""
+
+
+@dataclass(frozen=True, slots=True)
 class HostView:
     """A host as the scheduler sees it."""
 
@@ -22,14 +43,15 @@ class HostView:
     world_size: int
     slots: int
     on_gpus: bool = False
-    residents: frozenset[str] = frozenset()
-    """Jobs in its slots."""
+    residents: tuple[Resident, ...] = ()
     visitors: frozenset[str] = frozenset()
     """Jobs that are scored on it and hold no slot."""
     adapter_parameters: int = 0
     """Of its residents together."""
     adapter_room: int | None = None
     """How many its memory has room for in all, by its own measure; None before it has measured."""
+    idle_since: float = 0.0
+    """When its last job left it."""
 
     def takes(self, adapter_parameters: int) -> bool:
         """Whether one more adapter fits beside its residents', as far as is known."""
@@ -42,6 +64,11 @@ class HostView:
     @property
     def idle(self) -> bool:
         return not self.residents and not self.visitors
+
+    @property
+    def emptying(self) -> bool:
+        """Everyone on it has been told to leave: its ranks are about to be free."""
+        return not self.visitors and all(resident.leaving for resident in self.residents)
 
 
 @dataclass(frozen=True)
@@ -60,104 +87,171 @@ class Place:
 
 
 class Room:
-    """The scratch copy: hosts, free capacity, and what has been given away so far."""
+    """The scratch copy: hosts, free capacity, who holds what, and what has been given away so far."""
 
     def __init__(
-        self, capacity: Capacity, hosts: Iterable[HostView], running_tasks: int, name_seed: int
+        self,
+        capacity: Capacity,
+        hosts: Iterable[HostView],
+        running_tasks: int,
+        name_seed: int,
+        shares: Shares,
+        suspects: Mapping[str, int],
     ) -> None:
-        self.hosts = {host.name: host for host in sorted(hosts, key=lambda host: host.name)}
+        self.hosts = {host.name: host for host in hosts}
+        self.of_base: dict[str, set[str]] = {}
+        self.shares = shares
         self.opened: list[NewHost] = []
         self.closed: list[str] = []
+        self.seated: set[str] = set()
+        """Jobs that were given a slot by this decision: it does not take it back."""
+        self.reserved = 0
+        """Ranks that are free or about to be, and that a job before in the line waits for."""
+        self._suspects = suspects
         self._next_name = name_seed
         self._short_of_memory: set[str] = set()
         """Bases of which a job waits for memory: what gets free is that job's, or a large one starves."""
         self._on_gpus = capacity.gpus > 0 or any(host.on_gpus for host in self.hosts.values())
-        self._free_ranks = int(capacity.gpus if self._on_gpus else capacity.cpus)
-        self._all_ranks = self._free_ranks + sum(host.world_size for host in self.hosts.values())
+        self.free_ranks = int(capacity.gpus if self._on_gpus else capacity.cpus)
+        self.all_ranks = self.free_ranks + sum(host.world_size for host in self.hosts.values())
         # A task holds no CPU of its own: where ranks hold every CPU, one task at a time runs beside them.
         self._free_tasks = max(1, int(capacity.cpus)) - running_tasks
+        self.idle: dict[str, HostView] = {}
+        self.idle_ranks = 0
+        self.coming = 0
+        """Ranks of hosts that everyone was told to leave."""
+        self._slots_coming: dict[str, int] = {}
+        for host in self.hosts.values():
+            self._take_in(host)
 
-    def place(self, job: Waiting, may_open: bool = True) -> Place | Reason:
-        """A place for `job`, already deducted; or why there is none now."""
-        if job.need is Need.NOTHING:
-            return Place(None)
-        if job.need is Need.CPU:
-            return self._place_task()
-        if (host := self._warm_host(job)) is not None:
-            self._seat(host, job)
-            return Place(host.name)
-        if hosts := self._hosts_of(job.base):
-            return self._why_not(job, hosts)
-        if job.world_size > self._all_ranks:
-            return Reason.TOO_LARGE
-        return self._open(job) if may_open else Reason.WAITS_FOR_HOST
+    def _take_in(self, host: HostView) -> None:
+        self.of_base.setdefault(host.base, set()).add(host.name)
+        if host.idle:
+            self.idle[host.name] = host
+            self.idle_ranks += host.world_size
+        elif host.emptying:
+            self.coming += host.world_size
+        self._charge(host, 1)
+        leaving = sum(resident.leaving for resident in host.residents)
+        if leaving:
+            self._slots_coming[host.base] = self._slots_coming.get(host.base, 0) + leaving
 
-    def close_idle(self, keep: frozenset[str]) -> None:
-        """Close every idle host whose base is not in `keep`."""
-        for host in list(self.hosts.values()):
-            if host.idle and host.base not in keep:
-                self._close(host)
+    # ---- asking ----------------------------------------------------------------------------------------
 
-    def _place_task(self) -> Place | Reason:
-        if self._free_tasks < 1:
-            return Reason.WAITS_FOR_CPU
-        self._free_tasks -= 1
-        return Place(None)
+    def hosts_of(self, base: str) -> list[HostView]:
+        return [self.hosts[name] for name in self.of_base.get(base, ())]
 
-    def _hosts_of(self, base: str) -> list[HostView]:
-        return [host for host in self.hosts.values() if host.base == base]
-
-    def _warm_host(self, job: Waiting) -> HostView | None:
+    def warm_host(self, job: Waiting) -> HostView | None:
         """The fullest host that still takes the job: the others empty sooner."""
-        hosts = self._hosts_of(job.base)
+        hosts = self.hosts_of(job.base)
         if job.need is Need.SLOT:
             hosts = [host for host in hosts if self._has_slot(host, job)]
         return max(hosts, key=lambda host: (len(host.residents), host.name), default=None)
 
     def _has_slot(self, host: HostView, job: Waiting) -> bool:
         free = len(host.residents) < host.slots and job.base not in self._short_of_memory
-        return free and host.takes(job.adapter_parameters)
+        return free and host.takes(job.adapter_parameters) and self.may_share(host, job)
 
-    def _why_not(self, job: Waiting, hosts: list[HostView]) -> Reason:
+    def may_share(self, host: HostView, job: Waiting) -> bool:
+        """Suspects of a host's death keep to their own group."""
+        if not self._suspects:
+            return True
+        return not apart(self._suspects, job.job, (resident.job for resident in host.residents))
+
+    def why_not(self, job: Waiting, hosts: list[HostView]) -> Reason:
         """Why no host of its base takes a job that wants a slot."""
         if all(host.never_takes(job.adapter_parameters) for host in hosts):
             return Reason.OUT_OF_MEMORY
         if all(len(host.residents) >= host.slots for host in hosts):
             return Reason.WAITS_FOR_SLOT
+        if any(not self.may_share(host, job) for host in hosts):
+            return Reason.WAITS_APART
         self._short_of_memory.add(job.base)
         return Reason.WAITS_FOR_MEMORY
 
-    def _open(self, job: Waiting) -> Place | Reason:
-        """A new host for the job's base, all its ranks or none; idle hosts of other bases make room."""
-        if self._free_ranks < job.world_size:
-            self._make_room(job.world_size)
-            return Reason.WAITS_FOR_HOST
-        self._free_ranks -= job.world_size
+    def spare(self) -> int:
+        """Ranks that a new host could have now, idle hosts giving way, and that nobody before waits for."""
+        return self.free_ranks + self.idle_ranks - max(self.reserved - self.coming, 0)
+
+    def to_come(self) -> int:
+        """Ranks that nobody before waits for, those counted that are about to be free."""
+        return self.free_ranks + self.idle_ranks + self.coming - self.reserved
+
+    def slot_to_come(self, base: str) -> bool:
+        """Whether someone is leaving a slot that nobody before waits for; it is then this job's."""
+        coming = self._slots_coming.get(base, 0)
+        self._slots_coming[base] = max(coming - 1, 0)
+        return coming > 0
+
+    # ---- giving ----------------------------------------------------------------------------------------
+
+    def task(self) -> Place | Reason:
+        """A CPU for a task, deducted."""
+        if self._free_tasks < 1:
+            return Reason.WAITS_FOR_CPU
+        self._free_tasks -= 1
+        return Place(None)
+
+    def open(self, job: Waiting) -> Place:
+        """A new host for the job's base, all its ranks; idle hosts give way, the largest first.
+
+        The caller has seen that `spare` is enough.
+        """
+        for host in sorted(self.idle.values(), key=lambda host: (-host.world_size, host.name)):
+            if self.free_ranks < job.world_size:
+                self.close(host)
+        assert self.free_ranks >= job.world_size, "opened without room"
+        self.free_ranks -= job.world_size
         host = HostView(f"host-{self._next_name}", job.base, job.world_size, max(1, job.slots), self._on_gpus)
         self._next_name += 1
         self.opened.append(NewHost(host.name, host.base, host.world_size, host.slots))
-        self._seat(host, job)
-        return Place(host.name)
+        self.hosts[host.name] = host
+        self.of_base.setdefault(host.base, set()).add(host.name)
+        return self.seat(host, job)
 
-    def _make_room(self, ranks: int) -> None:
-        """Close idle hosts, the largest first, if that is enough; a later snapshot has their ranks free."""
-        idle = sorted((h for h in self.hosts.values() if h.idle), key=lambda h: (-h.world_size, h.name))
-        if self._free_ranks + sum(host.world_size for host in idle) < ranks:
-            return
-        missing = ranks - self._free_ranks
-        for host in idle:
-            if missing > 0:
-                self._close(host)
-                missing -= host.world_size
-
-    def _close(self, host: HostView) -> None:
-        del self.hosts[host.name]
+    def close(self, host: HostView) -> None:
+        """Its ranks are free at once: the cluster takes its processes away before it starts others."""
+        del self.hosts[host.name], self.idle[host.name]
+        self.idle_ranks -= host.world_size
+        self.of_base[host.base].discard(host.name)
+        self.free_ranks += host.world_size
         self.closed.append(host.name)
 
-    def _seat(self, host: HostView, job: Waiting) -> None:
+    def seat(self, host: HostView, job: Waiting) -> Place:
+        if self.idle.pop(host.name, None) is not None:
+            self.idle_ranks -= host.world_size
         if job.need is Need.SLOT:
-            parameters = host.adapter_parameters + job.adapter_parameters
-            host = replace(host, residents=host.residents | {job.job}, adapter_parameters=parameters)
+            self._charge(host, -1)
+            self.seated.add(job.job)
+            resident = Resident(
+                job.job, job.team, job.priority, job.attained, job.remaining, job.submitted_at
+            )
+            host = replace(
+                host,
+                residents=(*host.residents, resident),
+                adapter_parameters=host.adapter_parameters + job.adapter_parameters,
+            )
+            self._charge(host, 1)
         else:
             host = replace(host, visitors=host.visitors | {job.job})
         self.hosts[host.name] = host
+        return Place(host.name)
+
+    def release(self, host: str, jobs: Iterable[str]) -> None:
+        """Residents are told to leave; their teams hold their ranks no more."""
+        before, leaving = self.hosts[host], set(jobs)
+        self._charge(before, -1)
+        residents = tuple(
+            replace(resident, leaving=True) if resident.job in leaving else resident
+            for resident in before.residents
+        )
+        self.hosts[host] = after = replace(before, residents=residents)
+        self._charge(after, 1)
+        if after.emptying:
+            self.coming += after.world_size
+
+    def _charge(self, host: HostView, sign: int) -> None:
+        """A resident holds an equal part of its host's ranks."""
+        for resident in host.residents:
+            if not resident.leaving:
+                self.shares.charge(resident.team, sign * host.world_size / len(host.residents))

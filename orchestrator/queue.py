@@ -1,12 +1,14 @@
-"""The order of the jobs that wait. Pure: frozen values in, frozen values out."""
+"""What waits, and in which order within a team. Pure: frozen values in, frozen values out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeAlias
 
 from orchestrator.job import FINISHED, Reason, Status
+from orchestrator.policy import DEFAULT_TEAM, Policy
 
 
 class Need(StrEnum):
@@ -21,7 +23,12 @@ class Need(StrEnum):
     NOTHING = "nothing"
 
 
-@dataclass(frozen=True)
+Standing: TypeAlias = tuple[int, int, int]
+"""What one job must have less of than another of its team to take its place: aged (0) or not, minus the
+priority, the queue it is in."""
+
+
+@dataclass(frozen=True, slots=True)
 class Waiting:
     """A job that holds nothing its next step needs."""
 
@@ -37,15 +44,49 @@ class Waiting:
     parents: tuple[Status, ...] = ()
     adapter_parameters: int = 0
     """Of the adapter it trains."""
+    team: str = DEFAULT_TEAM
+    attained: float = 0.0
+    """Rank-seconds it has had."""
+    remaining: float | None = None
+    """Rank-seconds it still needs, once the time of a step is known."""
+    waiting_since: float | None = None
+    """When this wait began; None: with its submission."""
+
+    @property
+    def since(self) -> float:
+        return self.submitted_at if self.waiting_since is None else self.waiting_since
 
 
-def in_order(jobs: Iterable[Waiting]) -> tuple[Waiting, ...]:
-    """Who goes first: the higher priority, then the older; the id decides between equals."""
-    return tuple(sorted(jobs, key=lambda job: (-job.priority, job.submitted_at, job.job)))
+def level(attained: float, remaining: float | None, policy: Policy) -> int:
+    """The queue of a job: by what it still needs where that is known, else by what it has had."""
+    return policy.level(attained if remaining is None else remaining)
+
+
+def aged(job: Waiting, policy: Policy, now: float) -> bool:
+    """Whether it has waited to the bound."""
+    return now - job.since >= policy.most_waiting
+
+
+def standing(job: Waiting, policy: Policy, now: float) -> Standing:
+    return int(not aged(job, policy, now)), -job.priority, level(job.attained, job.remaining, policy)
+
+
+def order_key(job: Waiting, policy: Policy, now: float) -> tuple[int, int, int, float, str]:
+    """Sorts a team's jobs: who waited to the bound, the longest wait first; then priority, queue, age."""
+    if aged(job, policy, now):
+        return 0, 0, 0, job.since, job.job
+    return *standing(job, policy, now), job.submitted_at, job.job
+
+
+def in_order(jobs: Iterable[Waiting], policy: Policy, now: float) -> tuple[Waiting, ...]:
+    """Who goes first among the jobs of a team."""
+    return tuple(sorted(jobs, key=lambda job: order_key(job, policy, now)))
 
 
 def parents_verdict(job: Waiting) -> Reason | None:
     """Why a job's parents keep it back; None when all have succeeded."""
+    if not job.parents:
+        return None
     if any(status in FINISHED and status is not Status.SUCCEEDED for status in job.parents):
         return Reason.PARENT_FAILED
     if any(status is not Status.SUCCEEDED for status in job.parents):

@@ -1,17 +1,28 @@
-"""`schedule(Snapshot) -> Decision`: who starts now, where, and why the others wait. Pure and deterministic.
+"""`schedule(Snapshot) -> Decision`: who starts now, where, who makes way, and why the others wait. Pure.
 
-Policy: priority, then age. A job goes to a warm host of its base; a host is opened when its base has none and
-all its ranks fit. Once a job has to wait for room, jobs after it open no host: that room stays its own.
+Policy, from the outside in:
+1. Between teams the lowest share goes first: `fairness`.
+2. Within a team: who waited to the bound, then priority, then the queues of least attained service, then
+   age: `queue`.
+3. A job goes to a warm host of its base; else a host opens on free ranks, or on those of idle hosts; else
+   residents it may take from are preempted: `preemption`. What it then waits for is reserved for it.
+4. A job that cannot start lets others pass, until it has waited to the bound: then what gets free is its own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from orchestrator.contracts import Capacity
+from orchestrator.fairness import Shares
 from orchestrator.job import Reason
+from orchestrator.line import Line
 from orchestrator.placement import HostView, NewHost, Place, Room
-from orchestrator.queue import Need, Waiting, in_order, parents_verdict
+from orchestrator.poison import Poison
+from orchestrator.policy import Policy
+from orchestrator.preemption import Preemption
+from orchestrator.queue import Need, Waiting, aged, in_order, parents_verdict
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,11 @@ class Snapshot:
     """Bases that some unfinished job still needs: their idle hosts stay warm unless another needs room."""
     next_host: int = 1
     """Number in the name of the next new host."""
+    now: float = 0.0
+    policy: Policy = field(default_factory=Policy)
+    usage: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Team -> decayed rank-seconds, as of `now`."""
+    poison: Poison = field(default_factory=Poison)
 
 
 @dataclass(frozen=True)
@@ -41,24 +57,152 @@ class Decision:
     """Jobs whose next step needs no resource."""
     refusals: dict[str, Reason]
     close_hosts: tuple[str, ...]
+    """Before any host is started."""
+    preempt: dict[str, str] = field(default_factory=dict[str, str])
+    """Resident that has to leave -> the job that goes first."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether acting on it changes anything: if not, the same snapshot need not be decided on again."""
+        moves = (self.start_hosts, self.placements, self.start_tasks, self.free, self.close_hosts)
+        return any(moves) or bool(self.preempt)
 
 
 def schedule(snapshot: Snapshot) -> Decision:
-    room = Room(snapshot.capacity, snapshot.hosts, snapshot.running_tasks, snapshot.next_host)
-    placements: dict[str, str] = {}
-    tasks: list[str] = []
-    free: list[str] = []
-    refusals: dict[str, Reason] = {}
-    head_waits_for_room = False
-    for job in in_order(snapshot.waiting):
-        place = parents_verdict(job) or room.place(job, may_open=not head_waits_for_room)
-        if isinstance(place, Place):
-            if place.host is not None:
-                placements[job.job] = place.host
-            else:
-                (tasks if job.need is Need.CPU else free).append(job.job)
+    turn = Turn(snapshot)
+    for job in in_order(turn.light, snapshot.policy, snapshot.now):
+        turn.settle(job, parents_verdict(job) or turn.light_place(job))
+    line = Line(turn.heavy, snapshot.policy, snapshot.now)
+    while (job := line.next(turn.room.shares)) is not None:
+        verdict = parents_verdict(job) or turn.place(job)
+        turn.settle(job, verdict)
+        if verdict is Reason.WAITS_FOR_HOST and turn.hopeless(job):
+            # Nobody behind it in its team needs less: those that have no warm host need not be asked.
+            for other in line.drop(job.team, keep=turn.room.of_base):
+                turn.refusals[other] = verdict
+    turn.close_idle()
+    return turn.decision()
+
+
+class Turn:
+    """One decision while it is made."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        shares = Shares(snapshot.policy, snapshot.usage)
+        self.room = Room(
+            snapshot.capacity,
+            snapshot.hosts,
+            snapshot.running_tasks,
+            snapshot.next_host,
+            shares,
+            snapshot.poison.suspects,
+        )
+        self.preemption = Preemption(self.room, snapshot.policy, snapshot.now)
+        self.light = [job for job in snapshot.waiting if job.need in (Need.CPU, Need.NOTHING)]
+        self.heavy = [job for job in snapshot.waiting if job.need in (Need.SLOT, Need.HOST)]
+        self.placements: dict[str, str] = {}
+        self.tasks: list[str] = []
+        self.free: list[str] = []
+        self.refusals: dict[str, Reason] = {}
+        self._too_wide: dict[str, int] = {}
+        """Team -> ranks for which a host could not be opened: no job after it in the team gets so many."""
+        self._full: dict[tuple[str, str, Need], Reason] = {}
+        """(team, base, need) -> why the last one had to wait: no job after it in the team goes before it."""
+        self._work: dict[str, float] | None = None
+
+    def settle(self, job: Waiting, verdict: Place | Reason) -> None:
+        if isinstance(verdict, Reason):
+            self.refusals[job.job] = verdict
+        elif verdict.host is not None:
+            self.placements[job.job] = verdict.host
         else:
-            refusals[job.job] = place
-            head_waits_for_room |= place is Reason.WAITS_FOR_HOST
-    room.close_idle(keep=snapshot.bases_to_come)
-    return Decision(tuple(room.opened), placements, tuple(tasks), tuple(free), refusals, tuple(room.closed))
+            (self.tasks if job.need is Need.CPU else self.free).append(job.job)
+
+    def light_place(self, job: Waiting) -> Place | Reason:
+        return self.room.task() if job.need is Need.CPU else Place(None)
+
+    # ---- a place on a host -----------------------------------------------------------------------------
+
+    def place(self, job: Waiting) -> Place | Reason:
+        """A place for `job`, already deducted; or why there is none now."""
+        hosts = self.room.of_base.get(job.base)
+        if hosts:
+            return self._on_its_base(job)
+        if job.world_size > self.room.all_ranks:
+            return Reason.TOO_LARGE
+        return self._open(job, may_preempt=True)
+
+    def _on_its_base(self, job: Waiting) -> Place | Reason:
+        key = (job.team, job.base, job.need)
+        if (known := self._full.get(key)) is not None:
+            return known
+        if (host := self.room.warm_host(job)) is not None:
+            return self.room.seat(host, job)
+        verdict = self._beside(job)
+        if isinstance(verdict, Reason) and verdict not in (Reason.OUT_OF_MEMORY, Reason.WAITS_APART):
+            self._full[key] = verdict
+        return verdict
+
+    def _beside(self, job: Waiting) -> Place | Reason:
+        """No host of its base takes it: a second host if the work justifies it, or a resident's slot."""
+        reason = self.room.why_not(job, self.room.hosts_of(job.base))
+        if reason is Reason.OUT_OF_MEMORY or self.room.slot_to_come(job.base):
+            return reason
+        if reason is Reason.WAITS_APART or self._justifies_a_host(job):
+            place = self._open(job, may_preempt=False)
+            if isinstance(place, Place):
+                return place
+        if reason is Reason.WAITS_FOR_SLOT:
+            self.preemption.slot_for(job)
+        return reason
+
+    def _justifies_a_host(self, job: Waiting) -> bool:
+        """Whether what waits for a base is more than loading it once more costs; unknown work is long."""
+        if self._work is None:
+            self._work = {}
+            for each in self.heavy:
+                known = each.remaining if each.remaining is not None else float("inf")
+                self._work[each.base] = self._work.get(each.base, 0.0) + known
+        return self._work[job.base] > self.snapshot.policy.load * job.world_size
+
+    def _open(self, job: Waiting, may_preempt: bool) -> Place | Reason:
+        """A new host, all its ranks or none."""
+        room = self.room
+        if job.world_size >= self._too_wide.get(job.team, room.all_ranks + 1):
+            return Reason.WAITS_FOR_HOST
+        if job.world_size <= room.spare():
+            return room.open(job)
+        missing = job.world_size - room.to_come()
+        if missing <= 0 or (may_preempt and self.preemption.ranks_for(job, missing)):
+            room.reserved += job.world_size
+        elif aged(job, self.snapshot.policy, self.snapshot.now) and may_preempt:
+            # What gets free from now on is kept for it.
+            room.reserved += max(room.to_come(), 0)
+        else:
+            self._too_wide[job.team] = job.world_size
+        return Reason.WAITS_FOR_HOST
+
+    def hopeless(self, job: Waiting) -> bool:
+        """Whether no narrower host could be opened for anyone behind `job` in its team."""
+        return self._too_wide.get(job.team) == 1
+
+    # ---- at the end ------------------------------------------------------------------------------------
+
+    def close_idle(self) -> None:
+        """Close idle hosts that nobody will need, after they were kept warm for a while."""
+        now, keep = self.snapshot.now, self.snapshot.bases_to_come
+        for host in sorted(self.room.idle.values(), key=lambda host: host.name):
+            if host.base not in keep and now - host.idle_since >= self.snapshot.policy.idle:
+                self.room.close(host)
+
+    def decision(self) -> Decision:
+        return Decision(
+            tuple(self.room.opened),
+            self.placements,
+            tuple(self.tasks),
+            tuple(self.free),
+            self.refusals,
+            tuple(self.room.closed),
+            self.preemption.preempted,
+        )

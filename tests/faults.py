@@ -12,7 +12,7 @@ KILLED_BEFORE_RENAME = """
 import os, pathlib, signal
 pathlib.Path.rename = lambda self, target: os.kill(os.getpid(), signal.SIGKILL)
 from workers.task import run
-from workers.types import ExportTask, FuseTask
+from workers.types import ExportTask, FuseTask, RuleOptions
 run({task!r})
 """
 

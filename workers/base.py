@@ -19,7 +19,7 @@ from torch import nn
 
 from workers import beside, head, lora
 from workers.int8 import Int8, store
-from workers.memory import COPIES
+from workers.memory import COPIES, keep_freed_memory
 from workers.ranks import Ranks
 from workers.slots import Arithmetic, Slots
 from workers.types import BadInput, BaseSpec
@@ -116,6 +116,8 @@ def load_base(spec: BaseSpec, ranks: Ranks) -> Base:
         _partition(base)
     elif not spec.load_in_4bit:
         model.to(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     return base
 
 

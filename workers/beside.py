@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from workers.lora import Adapters
-from workers.runs import Kept, Run
+from workers.runs import Kept, Run, new_dx
 
 
 class AddRuns(torch.autograd.Function):
@@ -32,7 +32,7 @@ class AddRuns(torch.autograd.Function):
     def backward(ctx: Any, grad_RTO: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_RTD, *kept = ctx.saved_tensors
         x_ND, grad_NO = x_RTD.flatten(0, -2), grad_RTO.flatten(0, -2)
-        dx_ND = torch.zeros_like(x_ND) if ctx.needs_input_grad[0] else None
+        dx_ND = new_dx(ctx.runs, x_ND) if ctx.needs_input_grad[0] else None
         for number, run in enumerate(ctx.runs):
             run.add_gradients(x_ND, grad_NO, Kept(*kept[3 * number : 3 * number + 3]), dx_ND)
         return (None if dx_ND is None else dx_ND.view_as(x_RTD), grad_RTO, None, None)

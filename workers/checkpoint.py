@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from workers.adapter import Adapter, read_adapter, write_adapter
-from workers.manifest import CorruptFolder, publish_folder, remove_scratch, verify_folder
+from workers.manifest import MANIFEST, CorruptFolder, publish_folder, remove_scratch, verify_folder
 from workers.tensors import save_tensors
 
 KEPT = 2
@@ -103,7 +104,21 @@ def _verifies(path: Path) -> bool:
 
 
 def _prune(folder: Path) -> None:
-    good = [path for path in _newest_first(folder) if _verifies(path)]
+    good = [path for path in _newest_first(folder) if _verified(path)]
     for path in good[KEPT:]:
         shutil.rmtree(path, ignore_errors=True)
     remove_scratch(folder)
+
+
+def _verified(path: Path) -> bool:
+    """`_verifies`, once: hashing all that is kept at every save would cost more than the save."""
+    try:
+        written = (path / MANIFEST).stat()
+    except OSError:
+        return False
+    return _verified_as_written(path, written.st_ino, written.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _verified_as_written(path: Path, _inode: int, _written_ns: int) -> bool:
+    return _verifies(path)

@@ -7,6 +7,7 @@ and return the same events. No Ray here; see `workers.serve` for the loop around
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
@@ -18,18 +19,17 @@ from workers.base import Base, load_base
 from workers.capacity import Capacity
 from workers.compose import MicroBatch, compose
 from workers.evaluate import evaluate
-from workers.fuse import fuse_folders
-from workers.lora import Segment
+from workers.lora import ALL_ROWS, Segment
 from workers.manifest import verify_folder
 from workers.passes import Passes
 from workers.ranks import Ranks
 from workers.resident import Resident, settle
-from workers.search import Search, best_plan, fused_by, key_of, read_table, write_table
+from workers.saves import Saves, Told
+from workers.searches import Searches
 from workers.step import Share, forward_only, reduce_gradients, target_count
-from workers.together import Problem, on_all, on_first
+from workers.together import Problem, on_all
 from workers.types import (
     Attach,
-    BadInput,
     BaseSpec,
     CheckpointSaved,
     Close,
@@ -45,14 +45,10 @@ from workers.types import (
     JobSpec,
     JobStopped,
     OutOfMemory,
-    SearchDone,
-    SearchTask,
     SearchWeights,
     StopCode,
     TrainingFinished,
 )
-
-ALL_ROWS = 1 << 40
 
 
 class Host:
@@ -65,9 +61,10 @@ class Host:
         )
         self.capacity = Capacity(base.spec, ranks, base.bytes_per_parameter)
         self._passes = Passes(base, ranks)
+        self._saves = Saves(ranks)
         self._credit: dict[str, int] = {}
         self._slots = count()
-        self._searches: dict[str, Search] = {}
+        self._searches = Searches(base, ranks, self._slots)
 
     @classmethod
     def load(cls, base: BaseSpec, ranks: Ranks) -> Host:
@@ -77,20 +74,29 @@ class Host:
 
     @property
     def busy(self) -> bool:
-        return bool(self.residents or self._searches)
+        """Whether a tick has anything to do: train, search, or see what is being saved reach the disk."""
+        return bool(self.residents) or self._searches.under_way or self._saves.under_way
 
-    def close(self) -> None:
+    def close(self) -> list[Event]:
+        """Returns when all that was being saved is durable, and says so."""
+        events = self._saved(lambda _: True)
+        self._saves.close()
         self.residents.clear()
         self.ranks.close()
+        return events
 
     # -- the tick --------------------------------------------------------------------------------------
 
     def tick(self) -> list[Event]:
-        """The residents train, and every search makes a trial."""
-        events = self._train() if self.residents else []
-        for request in list(self._searches):
-            events += self._search_on(request)
-        return events
+        """What has become durable is told, the residents train, and every search makes a trial.
+
+        With nobody to train or search for it waits for what is not durable yet.
+        """
+        idle = not self.residents and not self._searches.under_way
+        events = self._saved(lambda _: idle)
+        if self.residents:
+            events += self._train()
+        return events + self._searches.go_on()
 
     def _train(self) -> list[Event]:
         """One composition over the residents, then a step for every job whose batch is complete."""
@@ -156,10 +162,15 @@ class Host:
     def _end_steps(self, complete: list[Resident]) -> list[Event]:
         if not complete:
             return []
-        reduce_gradients(self.ranks, [resident.optimizer.slot.weights for resident in complete])
-        norms = torch.stack([resident.optimizer.step() for resident in complete])
-        losses = self.ranks.sum_(torch.stack([r.loss_on(norms.device) for r in complete]))
-        events: list[Event] = []
+        losses = torch.stack([resident.loss_on(self.base.device) for resident in complete])
+        losses_summed = self.ranks.begin_sum(losses)
+        gradients_summed = reduce_gradients(self.ranks, [r.optimizer.slot.weights for r in complete])
+        found: list[torch.Tensor] = []
+        for resident, summed in zip(complete, gradients_summed, strict=True):
+            summed()
+            found.append(resident.optimizer.step())
+        losses_summed()
+        norms, events = torch.stack(found), list[Event]()
         # The tick's one look at the device: everything before it is queued there.
         figures = torch.stack([losses.double(), norms.double()]).tolist()
         for resident, loss, norm in zip(complete, *figures, strict=True):
@@ -172,28 +183,28 @@ class Host:
         events: list[Event] = [resident.end_step(loss, grad_norm)]
         if resident.bad_steps >= training.max_bad_steps:
             words = f"the gradient was not finite in {resident.bad_steps} steps in a row"
-            return [*events, self._stop(resident, "diverged", words)]
+            events += self._settled(resident.spec.job)
+            stopped = resident.spec.job not in self.residents  # for what it had under way failed
+            return events if stopped else [*events, self._stop(resident, "diverged", words)]
         if resident.validation and resident.due(training.evals_per_epoch):
             events.append(resident.validated(self._validate(resident)))
         if resident.due(training.saves_per_epoch):
-            events.append(self._save(resident))
-        if isinstance(events[-1], JobStopped):
+            events += self._save(resident)
+        if resident.spec.job not in self.residents:
             return events
         return [*events, *self._go_on(resident)]
 
     def _go_on(self, resident: Resident) -> list[Event]:
-        """Begin the next step, or finish: publish the adapter and leave the slot."""
+        """Begin the next step, or finish: leave the slot, and publish the adapter."""
         if not resident.finished:
             resident.begin_step(self.base, self.ranks)
             return []
         spec, path = resident.spec, Path(resident.spec.checkpoint_dir) / "adapter"
-        problem = on_first(
-            self.ranks, lambda: checkpoint.save_adapter(path, self._export(resident), self.base.spec.digest)
-        )
-        if problem:
-            return [self._stop(resident, *problem)]
+        finished = TrainingFinished(spec.job, spec.attempt, resident.step, str(path))
+        adapter, digest = self._export(resident), self.base.spec.digest
+        self._saves.begin(finished, lambda: checkpoint.save_adapter(path, adapter, digest))
         self._leave(resident)
-        return [TrainingFinished(spec.job, spec.attempt, resident.step, str(path))]
+        return []
 
     def _validate(self, resident: Resident) -> float:
         """Mean loss over the validation rows, without neighbours."""
@@ -218,12 +229,10 @@ class Host:
             case Evaluate():
                 return [self._evaluate(command)]
             case SearchWeights(request, spec):
-                # Rank 0 reads the table: what it holds decides the weights that all ranks try.
-                self._searches[request] = Search(spec)
+                self._searches.begin(request, spec)
                 return []
             case Close():
-                self.close()
-                return []
+                return self.close()
 
     def _attach(self, spec: JobSpec) -> list[Event]:
         held = self.residents.get(spec.job)
@@ -231,6 +240,11 @@ class Host:
             return []  # said twice
         if held is not None:
             self._leave(held)
+        # A former attempt may still be on its way to the disk, and this one goes on from it.
+        told = self._settled(spec.job)
+        return [*told, *self._take_in(spec)]
+
+    def _take_in(self, spec: JobSpec) -> list[Event]:
         if len(self.residents) >= self.base.spec.slots:
             return [JobStopped(spec.job, spec.attempt, 0, "internal_error", "the host has no free slot")]
         found = checkpoint.newest(Path(spec.checkpoint_dir)) if self.ranks.rank == 0 else None
@@ -259,16 +273,17 @@ class Host:
         resident = self.residents.get(job)
         if resident is None or resident.spec.attempt != attempt:
             return []
-        saved: list[Event] = [self._save(resident)] if resident.step else []
-        if saved and isinstance(saved[-1], JobStopped):
-            return saved
+        events = self._save(resident) if resident.step else []
+        events += self._settled(job)
+        if job not in self.residents:
+            return events  # it could not be saved
         self._leave(resident)
-        return [*saved, Detached(job, attempt, resident.step)]
+        return [*events, Detached(job, attempt, resident.step)]
 
     def _evaluate(self, command: Evaluate) -> Event:
         started, slot = time.monotonic(), next(self._slots)
         report, problem = on_all(self.ranks, lambda: self._score(command, slot))
-        self.base.slots.free(slot)
+        self.base.adapters.free(slot)
         if problem:
             return EvaluationFailed(command.request, problem[1])
         return EvaluationDone(command.request, report, time.monotonic() - started)
@@ -282,79 +297,43 @@ class Host:
         with base.adapters.rows(segments), torch.no_grad():
             return evaluate(base.model, base.tokenizer, self.ranks, command.evaluation, base.device)
 
-    # -- searching -------------------------------------------------------------------------------------
-
-    def _search_on(self, request: str) -> list[Event]:
-        """The next trial of a search; the fused adapter once there are enough."""
-        search = self._searches[request]
-        _, problem = on_all(self.ranks, lambda: self._try_next(search))
-        problem = problem or on_first(self.ranks, lambda: write_table(search))
-        if problem:
-            del self._searches[request]
-            return [EvaluationFailed(request, problem[1])]
-        if not search.finished:
-            return []
-        del self._searches[request]
-        task = best_plan(search)
-        report, problem = on_all(self.ranks, lambda: fuse_folders(task) if self.ranks.rank == 0 else {})
-        if report is None:
-            assert problem is not None
-            return [EvaluationFailed(request, problem[1])]
-        return [SearchDone(request, {**self.ranks.broadcast(report), "search": search.report()})]
-
-    def _try_next(self, search: Search) -> Search:
-        """Parents' own scores first, or what a former attempt has of them; then a trial a call."""
-        tasks, folders = search.spec.tasks, search.spec.plan.adapter_dirs
-        if not search.trials and not search.parents:
-            former = self.ranks.broadcast(read_table(search.spec) if self.ranks.rank == 0 else None)
-            search.parents, search.trials = former.parents, former.trials
-        if not search.parents:
-            search.parents = {
-                key_of(task): self._metric(task, read_adapter(Path(folder)))
-                for task, folder in zip(tasks, folders, strict=True)
-            }
-        if not search.finished:
-            weights = self.ranks.broadcast(search.next_weights() if self.ranks.rank == 0 else None)
-            fused = fused_by(search.spec.plan, search.spec.groups, weights)
-            search.trials.append(search.judge(weights, {key_of(t): self._tried(t, fused) for t in tasks}))
-        return search
-
-    def _tried(self, task: SearchTask, adapter: Adapter) -> float | None:
-        """None for weights that yield no finite scores: the parents were scored, so the rows are good."""
-        try:
-            return self._metric(task, adapter)
-        except BadInput:
-            return None
-
-    def _metric(self, task: SearchTask, adapter: Adapter) -> float:
-        slot = next(self._slots)
-        self.base.slots.load(slot, adapter)
-        try:
-            with self.base.adapters.rows([Segment(slot, 0, ALL_ROWS)]), torch.no_grad():
-                base = self.base
-                report = evaluate(base.model, base.tokenizer, self.ranks, task.evaluation, base.device)
-        finally:
-            self.base.slots.free(slot)
-        return report.metrics[task.metric]
-
     # -- leaving, saving, and what can go wrong --------------------------------------------------------
 
     def _export(self, resident: Resident) -> Adapter:
         return self.base.slots.export(resident.slot, resident.spec.adapter, self.base.spec.name)
 
-    def _save(self, resident: Resident) -> CheckpointSaved | JobStopped:
-        spec = resident.spec
-        folder = Path(spec.checkpoint_dir)
+    def _save(self, resident: Resident) -> list[Event]:
+        """Begin a checkpoint, once the job's last one is durable: memory holds one copy of a job at most."""
+        spec, folder, digest = resident.spec, Path(resident.spec.checkpoint_dir), self.base.spec.digest
+        events = self._settled(spec.job)
+        if spec.job not in self.residents:
+            return events
         state = checkpoint.Checkpoint(
             self._export(resident),
             resident.optimizer.tensors(),
             resident.progress(),
         )
-        problem = on_first(self.ranks, lambda: checkpoint.save(folder, state, self.base.spec.digest))
-        if problem:
-            return self._stop(resident, *problem)
         path = checkpoint.path_of(folder, resident.step)
-        return CheckpointSaved(spec.job, spec.attempt, resident.step, str(path))
+        saved = CheckpointSaved(spec.job, spec.attempt, resident.step, str(path))
+        self._saves.begin(saved, lambda: checkpoint.save(folder, state, digest))
+        return events
+
+    def _settled(self, job: str) -> list[Event]:
+        """Wait for all that is being saved of a job."""
+        return self._saved(lambda event: event.job == job) if self._saves.of(job) else []
+
+    def _saved(self, wait_for: Callable[[Told], bool] = lambda _: False) -> list[Event]:
+        """What has become durable; a job that could not be saved is stopped. Waits for what is picked."""
+        events: list[Event] = []
+        for event, problem in self._saves.ended(wait_for):
+            resident = self.residents.get(event.job)
+            if problem is None:
+                events.append(event)
+            elif resident is not None and resident.spec.attempt == event.attempt:
+                events.append(self._stop(resident, *problem))
+            else:
+                events.append(JobStopped(event.job, event.attempt, event.step, *problem))
+        return events
 
     def _stop(self, resident: Resident, code: StopCode, message: str) -> JobStopped:
         self._leave(resident)
@@ -367,4 +346,4 @@ class Host:
 
     def _free(self, *slots: int) -> None:
         for slot in slots:
-            self.base.slots.free(slot)
+            self.base.adapters.free(slot)

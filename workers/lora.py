@@ -18,8 +18,11 @@ from torch import Tensor, nn
 
 from workers.dropout import DropoutKey, draw_mask
 from workers.products import Batched
-from workers.runs import ExactRun, FusedRun, Kept, Run, join
+from workers.runs import ExactRun, FusedRun, Kept, Run, join, new_dx
 from workers.slots import Slots
+
+ALL_ROWS = 1 << 40
+"""Where a segment stops that has every row."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,9 @@ class Adapters:
         self.slots = slots
         self._kind = ExactRun if slots.arithmetic == "exact" else FusedRun
         self._segments: tuple[Segment, ...] = ()
+        self._joined: dict[tuple[str, torch.Size], list[Run]] = {}
+        """The runs of the latest segments, by layer and shape of its input: most ticks are like the last."""
+        self._joined_for: tuple[int, tuple[Segment, ...]] | None = None
         self.anchor = torch.zeros((), requires_grad=True)
         """Gives a layer a backward pass where its input asks for no gradient."""
 
@@ -47,13 +53,32 @@ class Adapters:
     def rows(self, segments: Sequence[Segment]) -> Generator[None]:
         """Within the block, forward passes apply these segments' adapters; other rows see the base."""
         self._segments = tuple(segments)
+        now = (self.slots.version, self._segments)
+        if now != self._joined_for:
+            self._joined, self._joined_for = {}, now
         try:
             yield
         finally:
             self._segments = ()
 
+    def free(self, slot: int) -> None:
+        """Empty the slot, and let go of what read it."""
+        self.slots.free(slot)
+        self._joined, self._joined_for = {}, None
+
     def runs(self, name: str, index: int, x_RTD: Tensor) -> list[Run]:
         """The updates of one layer. `index` is the layer's number, for its dropout."""
+        if not self._segments:
+            return []
+        key = (name, x_RTD.shape)
+        if key in self._joined:
+            return self._joined[key]
+        runs = self._new_runs(name, index, x_RTD)
+        if all(run.mask_ND is None for run in runs):
+            self._joined[key] = runs
+        return runs
+
+    def _new_runs(self, name: str, index: int, x_RTD: Tensor) -> list[Run]:
         return join([run for segment in self._segments if (run := self._run(segment, name, index, x_RTD))])
 
     def _run(self, segment: Segment, name: str, index: int, x_RTD: Tensor) -> Run | None:
@@ -65,7 +90,7 @@ class Adapters:
             x_STD = x_RTD[segment.start : segment.stop]
             mask_STD = draw_mask(segment.dropout, factors.dropout, index, x_STD, factors.a.dtype)
             mask_ND = mask_STD.flatten(0, 1)
-        tokens = x_RTD.shape[1]
+        tokens = x_RTD.shape[1:-1].numel()  # 1 in a layer that reads a vector a row, as a pooler does
         start, stop = segment.start * tokens, min(segment.stop, len(x_RTD)) * tokens
         return self._kind(start, stop, (factors,), Batched(1), factors.r, mask_ND)
 
@@ -103,7 +128,7 @@ class LoraProduct(torch.autograd.Function):
         base_dx_ND = grad_NO @ weight_OD if ctx.needs_input_grad[1] else None
         dx_ND = base_dx_ND
         if base_dx_ND is not None and isinstance(runs[0], ExactRun):
-            dx_ND = torch.zeros_like(x_ND)
+            dx_ND = new_dx(runs, x_ND)
         for number, run in enumerate(runs):
             run.add_gradients(x_ND, grad_NO, Kept(*kept[3 * number : 3 * number + 3]), dx_ND)
         if base_dx_ND is None or dx_ND is None:

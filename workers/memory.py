@@ -9,6 +9,7 @@ Reads the GPU's allocator, or what the kernel tells of this process and its cgro
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ COPIES = 4
 KEPT_FREE = 0.1
 """Share of the limit that no plan counts on: fragments, other processes, what was not measured."""
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Numbers of mallopt(3)'s parameters."""
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
@@ -104,6 +107,18 @@ def forget_peak() -> None:
     # Where the kernel refuses, the peak of loading stays in the model, which then promises too little.
     with contextlib.suppress(OSError):
         CLEAR_REFS.write_text("5")
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep up to 2 GiB that it frees, and reuse it, where the C library is glibc.
+
+    glibc hands a pass's activations back to the system after each one; the next pass then faults them in
+    again, page by page. The memory model counts peaks, so what is kept is counted already.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
 
 
 def limit_bytes(sharers: int) -> int:

@@ -47,7 +47,9 @@ class JobOptimizer:
 
         Returns the gradient's Euclidean norm before clipping, a scalar on the weights' device.
         """
-        norm = nn.utils.get_total_norm(self.slot.grads)
+        # PEFT's norm is one of the factors' norms; the flat gradient's is the same but for the last bits.
+        grads = [self.slot.weights.grad] if self.slot.fused else self.slot.grads
+        norm = nn.utils.get_total_norm([grad for grad in grads if grad is not None])
         if self.training.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_([self.slot.weights], self.training.max_grad_norm, norm)
         if norm.is_cuda:
@@ -61,8 +63,9 @@ class JobOptimizer:
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything AdamW remembers, by name."""
-        return dict(self.adamw.state.get(self.slot.weights, {}))
+        """A copy in host memory of everything AdamW remembers, by name."""
+        state = self.adamw.state.get(self.slot.weights, {})
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
 
     def restore(self, tensors: dict[str, Tensor], steps_done: int) -> None:
         state = {0: tensors} if tensors else {}

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from workers.base import Base
 from workers.compose import MicroBatch
+from workers.hang import hang_seconds
 from workers.memory import is_out_of_memory
-from workers.ranks import COLLECTIVE_TIMEOUT, Ranks
+from workers.ranks import Ranks
 from workers.step import Share, forward_backward
 
 PATIENCE = timedelta(seconds=20)
@@ -36,7 +37,7 @@ class Passes:
         self._group: Any = None
         if ranks.world_size > 1:
             # Not the ranks' own group: there, the agreement could pair up with another rank's gather.
-            self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=hang_seconds()))
 
     def run(self, micro_batch: MicroBatch, shares: Mapping[str, Share]) -> dict[str, Tensor] | None:
         """This rank's part of each job's loss; None, on every rank, if memory ran out on any.

@@ -29,10 +29,12 @@ class Batched:
     def by_rows(self, x_NK: Tensor, w_JMK: Tensor) -> Tensor:
         return self.by_columns(x_NK, w_JMK.transpose(1, 2))
 
-    def by_columns(self, x_NK: Tensor, w_JKM: Tensor) -> Tensor:
+    def by_columns(self, x_NK: Tensor, w_JKM: Tensor, out_NM: Tensor | None = None) -> Tensor:
+        """`out` is written, not added to."""
         if self.jobs == 1:
-            return x_NK @ w_JKM[0]
-        return torch.bmm(self._split(x_NK), w_JKM).flatten(0, 1)
+            return torch.mm(x_NK, w_JKM[0], out=out_NM)
+        out_JTM = None if out_NM is None else self._split(out_NM)
+        return torch.bmm(self._split(x_NK), w_JKM, out=out_JTM).flatten(0, 1)
 
     def add_by_columns(self, into_NM: Tensor, x_NK: Tensor, w_JKM: Tensor) -> None:
         """by_columns added in place; the sum is rounded once."""
@@ -66,8 +68,9 @@ class Grouped:
     def by_rows(self, x_NK: Tensor, w_JMK: Tensor) -> Tensor:
         return F.grouped_mm(x_NK, w_JMK.transpose(1, 2), offs=self.ends_J)
 
-    def by_columns(self, x_NK: Tensor, w_JKM: Tensor) -> Tensor:
-        return F.grouped_mm(x_NK, w_JKM, offs=self.ends_J)
+    def by_columns(self, x_NK: Tensor, w_JKM: Tensor, out_NM: Tensor | None = None) -> Tensor:
+        product_NM = F.grouped_mm(x_NK, w_JKM, offs=self.ends_J)
+        return product_NM if out_NM is None else out_NM.copy_(product_NM)
 
     def add_by_columns(self, into_NM: Tensor, x_NK: Tensor, w_JKM: Tensor) -> None:
         """by_columns added in place."""

@@ -6,6 +6,7 @@ One process alone needs no process group; several join one over gloo (CPU) or NC
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -13,8 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-COLLECTIVE_TIMEOUT = timedelta(seconds=120)
-"""A hung peer is found after this long; torch's default is 30 minutes."""
+from workers.hang import hang_seconds
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,12 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def begin_sum(self, tensor: torch.Tensor) -> Callable[[], object]:
+        """`sum_` in the background; what is returned waits until `tensor` holds the sum."""
+        if self.world_size == 1:
+            return lambda: None
+        return dist.all_reduce(tensor, async_op=True).wait  # type: ignore[union-attr]
+
     def form_group(self) -> None:
         """Make one rank a process group of its own, for a library that needs one; several are in one."""
         if not dist.is_initialized():
@@ -67,7 +73,8 @@ def connect(rank: int, world_size: int, address: str, port: int) -> Ranks:
         MASTER_PORT=str(port),
     )
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group(_backend(), rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+        timeout = timedelta(seconds=hang_seconds())
+        dist.init_process_group(_backend(), rank=rank, world_size=world_size, timeout=timeout)
     return Ranks(rank, world_size)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -50,11 +51,31 @@ class Run(ABC):
 
     @abstractmethod
     def add_gradients(self, x_ND: Tensor, grad_NO: Tensor, kept: Kept, dx_ND: Tensor | None) -> None:
-        """Add dA and dB to the slots' buffers, and the run's part of dx to dx, in place."""
+        """Add dA and dB to the slots' buffers; put the run's part of dx into its tokens of dx, in place.
+
+        `dx` is what `new_dx` made: exact runs write, fused ones add to the base's part.
+        """
 
     @abstractmethod
     def alike(self, other: Run) -> bool:
         """Whether the two may be one run."""
+
+    @cached_property
+    def a_grads(self) -> list[Tensor]:
+        """Where each job's dA is summed."""
+        return [f.a_grad for f in self.factors]
+
+    @cached_property
+    def b_grads(self) -> list[Tensor]:
+        return [f.b_grad for f in self.factors]
+
+    @cached_property
+    def scalings(self) -> tuple[float, ...]:
+        return tuple(f.scaling for f in self.factors)
+
+    @cached_property
+    def scaling_is_exact(self) -> bool:
+        return all(f.scaling_is_exact for f in self.factors)
 
     def follows(self, other: Run) -> bool:
         return other.stop == self.start and self.mask_ND is None and other.mask_ND is None
@@ -65,10 +86,10 @@ class Run(ABC):
         return x_ND if self.mask_ND is None else x_ND * self.mask_ND
 
     def _scaled(self, x_NK: Tensor) -> Tensor:
-        scaling = [f.scaling for f in self.factors]
-        if len(set(scaling)) == 1:
-            return x_NK if scaling[0] == 1 else x_NK * scaling[0]
-        return x_NK * self.products.per_token(x_NK.new_tensor(scaling), len(x_NK))
+        first = self.scalings[0]
+        if self.scalings.count(first) == len(self.scalings):
+            return x_NK if first == 1 else x_NK * first
+        return x_NK * self.products.per_token(x_NK.new_tensor(self.scalings), len(x_NK))
 
     def _dropped(self, dx_ND: Tensor) -> Tensor:
         return dx_ND if self.mask_ND is None else dx_ND * self.mask_ND
@@ -77,35 +98,35 @@ class Run(ABC):
 class ExactRun(Run):
     """PEFT's operations in PEFT's order. s may move to the narrow product if it is a power of two."""
 
-    @property
-    def _narrow(self) -> bool:
-        return _scaling_is_exact(self)
-
     def add_update(self, x_ND: Tensor, y_NO: Tensor) -> Kept:
         a_JrD, b_JOr = _stack([f.a for f in self.factors]), _stack([f.b for f in self.factors])
         down_Nr = self.products.by_rows(self._input(x_ND), a_JrD)
-        down_Nr = self._scaled(down_Nr) if self._narrow else down_Nr
+        down_Nr = self._scaled(down_Nr) if self.scaling_is_exact else down_Nr
         update_NO = self.products.by_rows(down_Nr, b_JOr)
-        y_NO[self.start : self.stop] += update_NO if self._narrow else self._scaled(update_NO)
+        y_NO[self.start : self.stop] += update_NO if self.scaling_is_exact else self._scaled(update_NO)
         return Kept(a_JrD, b_JOr, down_Nr)
 
     def add_gradients(self, x_ND: Tensor, grad_NO: Tensor, kept: Kept, dx_ND: Tensor | None) -> None:
         grad_NO = grad_NO[self.start : self.stop].to(kept.a.dtype)
-        grad_NO = grad_NO if self._narrow else self._scaled(grad_NO)
+        grad_NO = grad_NO if self.scaling_is_exact else self._scaled(grad_NO)
         d_down_Nr = self.products.by_columns(grad_NO, kept.b)
-        d_down_Nr = self._scaled(d_down_Nr) if self._narrow else d_down_Nr
+        d_down_Nr = self._scaled(d_down_Nr) if self.scaling_is_exact else d_down_Nr
         da_JrD = self.products.outer(d_down_Nr, self._input(x_ND))
         db_JOr = self.products.outer(grad_NO, kept.down_Nr)
-        for factors, da, db in zip(self.factors, da_JrD, db_JOr, strict=True):
-            factors.a_grad += da
-            factors.b_grad += db
-        if dx_ND is not None:
-            dx_ND[self.start : self.stop] += self._dropped(self.products.by_columns(d_down_Nr, kept.a))
+        torch._foreach_add_(self.a_grads, da_JrD.unbind())
+        torch._foreach_add_(self.b_grads, db_JOr.unbind())
+        if dx_ND is None:
+            return
+        dx_ND = dx_ND[self.start : self.stop]
+        if self.mask_ND is None and dx_ND.dtype == kept.a.dtype:
+            self.products.by_columns(d_down_Nr, kept.a, out_NM=dx_ND)
+        else:
+            dx_ND.copy_(self._dropped(self.products.by_columns(d_down_Nr, kept.a)))
 
     def alike(self, other: Run) -> bool:
         """Among equals alone does a batched product keep every job's bits."""
         same_size = self.stop - self.start == other.stop - other.start
-        return same_size and self.rank == other.rank and self._narrow == _scaling_is_exact(other)
+        return same_size and self.rank == other.rank and self.scaling_is_exact == other.scaling_is_exact
 
 
 class FusedRun(Run):
@@ -123,9 +144,9 @@ class FusedRun(Run):
         d_down_Nr = self._scaled(self.products.by_rows(grad_NO, kept.b))
         da_JrD = self.products.outer(d_down_Nr, self._input(x_ND))
         db_JrO = self.products.outer(kept.down_Nr, grad_NO)
-        for factors, da, db in zip(self.factors, da_JrD, db_JrO, strict=True):
-            factors.a_grad += da[: factors.r]
-            factors.b_grad += db[: factors.r].t()
+        ranks = [f.r for f in self.factors]
+        torch._foreach_add_(self.a_grads, [da[:r] for r, da in zip(ranks, da_JrD, strict=True)])
+        torch._foreach_add_(self.b_grads, [db[:r].t() for r, db in zip(ranks, db_JrO, strict=True)])
         if dx_ND is None:
             return
         if self.mask_ND is None:
@@ -135,6 +156,12 @@ class FusedRun(Run):
 
     def alike(self, other: Run) -> bool:
         return bucket(self.rank) == bucket(other.rank)
+
+
+def new_dx(runs: Sequence[Run], x_ND: Tensor) -> Tensor:
+    """Where the runs put the adapters' part of dx: zero in the tokens of no run, unset in theirs."""
+    covered = sum(run.stop - run.start for run in runs) == len(x_ND)
+    return torch.empty_like(x_ND) if covered and isinstance(runs[0], ExactRun) else torch.zeros_like(x_ND)
 
 
 def join(runs: Sequence[Run]) -> list[Run]:
@@ -162,10 +189,6 @@ def _joined(runs: Sequence[Run]) -> Run:
     ends = torch.tensor([run.stop - first.start for run in runs], dtype=torch.int32)
     products = Grouped(ends.to(factors[0].a.device, non_blocking=True))
     return type(first)(first.start, last.stop, factors, products, bucket(first.rank))
-
-
-def _scaling_is_exact(run: Run) -> bool:
-    return all(f.scaling_is_exact for f in run.factors)
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

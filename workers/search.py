@@ -118,7 +118,10 @@ def fused_by(plan: FuseTask, groups: Sequence[str], weights: Sequence[tuple[floa
     """The plan's adapter with other weights, in memory alone."""
     task = _with_weights(plan, groups, weights)
     adapters = [read_adapter(Path(folder)) for folder in task.adapter_dirs]
-    return fuse(adapters, task.weights, task.rule, task.rank, task.adapter_dirs, task.groups)[0]
+    folders = [Path(folder) for folder in task.adapter_dirs]
+    return fuse(
+        adapters, task.weights, task.rule, task.rank, task.adapter_dirs, task.groups, task.options, folders
+    )[0]
 
 
 def best_plan(search: Search) -> FuseTask:

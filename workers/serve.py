@@ -110,7 +110,7 @@ def serve(
         _put(ranks, mail, [host.ready])
         while _round(host, ranks, mail, idle_seconds):
             yield host.busy
-        host.close()
+        _put(ranks, mail, host.close())
         ranks.close()
     except Exception as error:
         log.exception("rank %d: the host failed", ranks.rank)

@@ -98,6 +98,8 @@ class Slots:
         self.arithmetic: Arithmetic = arithmetic
         self._products = dtype if arithmetic == "fused" else self._dtype
         self._slots: dict[int, Slot] = {}
+        self.version = 0
+        """Changes whenever a slot is filled or emptied."""
 
     def __getitem__(self, slot: int) -> Slot:
         return self._slots[slot]
@@ -150,8 +152,12 @@ class Slots:
         self._slots[slot].refresh()
 
     def export(self, slot: int, spec: AdapterSpec, base_model: str) -> Adapter:
-        """The adapter in `slot`, as it would be saved."""
-        factors = self._slots[slot].values()
+        """A copy of the adapter in `slot` in host memory, as it would be saved."""
+        held = self._slots[slot].values()
+        factors = {
+            name: (a.detach().to("cpu", copy=True), b.detach().to("cpu", copy=True))
+            for name, (a, b) in held.items()
+        }
         return Adapter(
             factors,
             spec.r,
@@ -165,6 +171,7 @@ class Slots:
     def free(self, slot: int) -> None:
         """Empty `slot`; an empty one stays empty."""
         self._slots.pop(slot, None)
+        self.version += 1
 
     def _put(
         self,
@@ -177,6 +184,7 @@ class Slots:
             return tensor.to(self._device, self._dtype)
 
         moved = {name: (placed(a), placed(b)) for name, (a, b) in values.items()}
+        self.version += 1
         self._slots[slot] = Slot(moved, scaling, dropout, self._products, self.arithmetic == "fused")
         return self._slots[slot]
 

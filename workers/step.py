@@ -9,7 +9,7 @@ reading, no backward pass and no logits. Shapes: R rows of T tokens, P target po
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -82,17 +82,13 @@ def forward_only(
         return _by_job(batch, _losses(base, batch)[1])
 
 
-def reduce_gradients(ranks: Ranks, weights: Sequence[nn.Parameter]) -> None:
-    """Sum over ranks the gradients of all jobs that end their step in this tick, in one flat buffer."""
-    grads = [weight.grad for weight in weights if weight.grad is not None]
-    if ranks.world_size == 1 or not grads:
-        return
-    if len(grads) == 1:
-        ranks.sum_(grads[0])
-        return
-    flat = ranks.sum_(torch.cat(grads))
-    for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-        grad.copy_(summed)
+def reduce_gradients(ranks: Ranks, weights: Sequence[nn.Parameter]) -> list[Callable[[], object]]:
+    """Begin to sum over ranks the gradients of all jobs that end their step in this tick.
+
+    Returns what waits for each: one job's optimizer works while the next one's sum is under way. Each sums
+    its slot's own flat buffer, so its last bits cannot depend on who else ends a step.
+    """
+    return [ranks.begin_sum(weight.grad) for weight in weights if weight.grad is not None]
 
 
 def build_batch(micro_batch: MicroBatch, rank: int, shares: Mapping[str, Share], pad_id: int) -> Batch:

@@ -1,4 +1,4 @@
-"""What all ranks do or none, and what rank 0 does for all: an expected failure is a value everywhere."""
+"""What all ranks do or none, and what rank 0 writes for all: an expected failure is a value everywhere."""
 
 from __future__ import annotations
 
@@ -35,13 +35,16 @@ def on_all(ranks: Ranks, act: Callable[[], T]) -> tuple[T, None] | tuple[None, P
     return value, None
 
 
+def written(write: Callable[[], object]) -> Problem | None:
+    """What kept `write` from the disk."""
+    try:
+        write()
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return ("disk_full" if full else "internal_error", f"cannot save: {error}")
+    return None
+
+
 def on_first(ranks: Ranks, write: Callable[[], object]) -> Problem | None:
     """Let rank 0 write; every rank learns how it went."""
-    problem: Problem | None = None
-    if ranks.rank == 0:
-        try:
-            write()
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            problem = ("disk_full" if full else "internal_error", f"cannot save: {error}")
-    return ranks.broadcast(problem)
+    return ranks.broadcast(written(write) if ranks.rank == 0 else None)

@@ -160,6 +160,30 @@ class EvaluationSpec:
 
 
 @dataclass(frozen=True)
+class RuleOptions:
+    """What a plan may set beside rule, rank and weights; None is the rule's default. See `workers.rules`."""
+
+    energy: float | None = None
+    """Cut every module to the lowest rank that keeps this share of sum_i s_i^2."""
+    bucket: int | None = None
+    """Cut to a rank that vLLM sets memory aside for."""
+    density: float | None = None
+    """Share of entries that are kept; 0.5."""
+    seed: int | None = None
+    """Of the entries that are dropped at random; 0."""
+    epsilon: float | None = None
+    """della: how far the chance to be kept rises from the smallest entry to the largest; 0.1."""
+    gamma: float | None = None
+    """breadcrumbs: share of entries that are dropped as too large; 0.01."""
+    common: float | None = None
+    """iso_cts: share of the directions taken from the sum; 0.8."""
+    alpha: float | None = None
+    """regmean: what the off-diagonal of a Gram matrix is multiplied by; 0.9."""
+    scale: float | None = None
+    """Of the result; 1."""
+
+
+@dataclass(frozen=True)
 class FuseTask:
     """Fuse adapter folders into `out_dir` (PEFT layout, with `fusion.json`). See `workers.fuse`."""
 
@@ -167,11 +191,12 @@ class FuseTask:
     weights: tuple[float, ...]
     rule: str
     rank: int | None
-    """Target rank of the `svd` rule; None for rules that keep the exact sum."""
+    """What the result is cut to; None for rules that decide it themselves."""
     out_dir: str
     groups: tuple[tuple[str, tuple[float, ...]], ...] = ()
     """(part of a module's name, a weight an adapter): where the first one occurs, it takes the place of
     `weights`. Empty: `weights` hold for every module."""
+    options: RuleOptions = RuleOptions()
 
 
 @dataclass(frozen=True)

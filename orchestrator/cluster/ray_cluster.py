@@ -30,6 +30,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from orchestrator.cluster import ray_watch
 from orchestrator.contracts import Capacity, ClusterUnreachable, TaskResult
 from workers.actor import RankActor, run_task
+from workers.hang import DEFAULT, VARIABLE, hang_seconds
 from workers.serve import Polled, failure_words
 from workers.types import BaseSpec, Command, Event, HostFailed, Task
 
@@ -166,15 +167,20 @@ class Gang:
     rounds: int = 0
     answer: Any = None
     """The call to rank 0's `poll` that is under way."""
+    heard: float | None = None
+    """When rank 0 last answered; None before it was first asked."""
+    hang_seconds: float = DEFAULT
 
     def collect(self, seconds: float) -> list[Event]:
         """Rank 0's next events. A lost answer is asked for again with the same number: none is doubled."""
         if self.answer is None:
             self.answer = self.ranks[0].poll.remote(self.after)
+            self.heard = time.monotonic() if self._placed() else None
         done, _ = ray.wait([self.answer], timeout=seconds if self._placed() else 0)
         if not done:
             return []
-        self.answer = None
+        # Now, however long ago it was asked: the controller may have been kept elsewhere.
+        self.answer, self.heard = None, time.monotonic()
         try:
             polled: Polled = ray.get(done[0])
         except RayError:
@@ -189,6 +195,8 @@ class Gang:
             ended, _ = ray.wait(self.runs, num_returns=len(self.runs), timeout=LAST_WORDS_SECONDS)
             words = [_ended_words(rank, run) for rank, run in enumerate(self.runs) if run in ended]
             return sorted(words, key=lambda text: "onnection" in text)[0]
+        if self.heard is not None and time.monotonic() - self.heard > self.hang_seconds:
+            return f"rank 0 has not answered for {self.hang_seconds:.0f} s"
         if self._placed() or time.monotonic() - self.started < ROOM_SECONDS or self.group.wait(0):
             return None
         return f"no room for {len(self.ranks)} ranks in the cluster within {ROOM_SECONDS:.0f} s"
@@ -223,7 +231,7 @@ def start_gang(base: BaseSpec, world_size: int, on_gpus: bool, threads: int, log
     ]
     endpoints = [rank.endpoint.remote() for rank in ranks]
     runs = [rank.serve.remote(base, index, *endpoints) for index, rank in enumerate(ranks)]
-    return Gang(group, ranks, runs, endpoints, threads)
+    return Gang(group, ranks, runs, endpoints, threads, hang_seconds=hang_seconds())
 
 
 def _rank_environment(on_gpus: bool, threads: int) -> dict[str, str]:
@@ -234,6 +242,7 @@ def _rank_environment(on_gpus: bool, threads: int) -> dict[str, str]:
     """
     environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     environment |= {"TOKENIZERS_PARALLELISM": "false", "LOCAL_RANK": "0"}
+    environment |= {VARIABLE: f"{hang_seconds():g}"}
     return environment if on_gpus else {**environment, "DS_ACCELERATOR": "cpu"}
 
 

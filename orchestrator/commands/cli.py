@@ -318,15 +318,20 @@ def fuse(
     adapters: Annotated[list[str], typer.Argument(help="Versions (NAME@champion, NAME/3) or PEFT folders.")],
     out: NewFolder,
     weights: Annotated[str, typer.Option(help="One figure an adapter, like 1,0.5; left out, 1 each.")] = "",
-    rule: Annotated[str, typer.Option(help="cat: the exact sum; svd: the nearest of a given rank.")] = "cat",
-    rank: Annotated[int | None, typer.Option(min=1, help="Of the result; rule svd only.")] = None,
+    rule: Annotated[
+        str, typer.Option(help="cat: the exact sum; svd: the nearest of a given rank; ties, ...")
+    ] = "cat",
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the result; rule cat takes none.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Of the rule, like density=0.2.")
+    ] = None,
     home: HomeFolder = DEFAULT_HOME,
 ) -> None:
     """Fuse adapters of one base into one, in a folder."""
     from orchestrator.commands.export import FuseOptions
     from orchestrator.commands.export import fuse as body
 
-    options = FuseOptions(tuple(adapters), _weights(weights), rule, rank, out)
+    options = FuseOptions(tuple(adapters), _weights(weights), rule, rank, out, tuple(settings or ()))
     body(ctx.obj, _home(home), options, console())
 
 
@@ -382,6 +387,40 @@ def doctor(home: HomeFolder = DEFAULT_HOME, output: Output = Format.table) -> No
     found = body.checks(home.absolute())
     emit(body.to_json(found), output, lambda out: body.print_checks(out, found))
     _exit(0 if all(check.ok for check in found) else 1)
+
+
+@app.command()
+def simulate(
+    ctx: typer.Context,
+    trace: Annotated[
+        Path, typer.Argument(metavar="TRACE", help="A Philly, Gavel or Tiresias trace, or a home folder.")
+    ],
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the cluster.")],
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="chorus (unless given), las, fifo-skip, fifo; several times to compare."),
+    ] = None,
+    teams: Annotated[Path | None, typer.Option(help="A teams.yaml. Left out: that of the home.")] = None,
+    every: Annotated[float, typer.Option(min=1, help="Seconds between two decisions.")] = 300.0,
+    load: Annotated[float, typer.Option(min=0, help="Seconds that opening a host takes.")] = 60.0,
+    shared: Annotated[
+        float, typer.Option(min=0, max=1, help="Part of a tick that the residents of a host share.")
+    ] = 0.0,
+    steps_known: Annotated[
+        bool, typer.Option("--steps-known", help="Steps to come are known once a job has run.")
+    ] = False,
+    steps_per_second: Annotated[float | None, typer.Option(min=1e-9, help="For a Gavel trace.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="A PNG: queue and shares over time.")] = None,
+    home: HomeFolder = DEFAULT_HOME,
+    output: Output = Format.table,
+) -> None:
+    """Run the scheduler over a trace of jobs in simulated time."""
+    from orchestrator.commands import simulation as body
+
+    setting = body.Setting(gpus, every, load, shared, steps_known)
+    names = body.policy_names(policy or ["chorus"])
+    options = body.SimulateOptions(trace, setting, names, teams, steps_per_second, picture)
+    body.run(ctx.obj, _home(home), options, output)
 
 
 @recipe_app.command()

@@ -20,6 +20,7 @@ from orchestrator.control.submission import read_order
 from orchestrator.disk import room
 from orchestrator.recipe.base_file import anchor, load_base
 from orchestrator.recipe.file import Place
+from workers.rules import options_of
 from workers.types import BadInput, BaseSpec, ExportTask, FuseTask, Task
 
 POLL_SECONDS = 0.1
@@ -33,6 +34,8 @@ class FuseOptions:
     rule: str
     rank: int | None
     out: Path
+    settings: tuple[str, ...] = ()
+    """Of the rule, each KEY=FIGURE."""
 
 
 def fuse(parts: Parts, home: Home, options: FuseOptions, console: Console) -> None:
@@ -44,6 +47,7 @@ def fuse(parts: Parts, home: Home, options: FuseOptions, console: Console) -> No
         weights=options.weights or (1.0,) * len(folders),
         rule=options.rule,
         rank=options.rank,
+        options=options_of(options.settings),
         out_dir=str(options.out.absolute()),
     )
     with parts.cluster(home, ClusterChoice(local=True)) as cluster:

@@ -14,11 +14,10 @@ from orchestrator.commands.home import Home
 from orchestrator.commands.output import Format, emit, grid, megabytes
 from orchestrator.commands.parts import Parts
 from orchestrator.commands.planning import adapter_digests
-from orchestrator.commands.token_count import tokens_per_row
+from orchestrator.commands.token_count import tokens_to_train
 from orchestrator.commands.views import STAGES
 from orchestrator.plan.plan import make_plan
 from orchestrator.plan.steps import Plan, PlannedJob
-from orchestrator.recipe.load import LoadedRecipe
 from orchestrator.recipe.pipeline import LoadedPipeline, json_schema, load_pipeline
 
 PLAN_COLUMNS = ("job", "kind", "rows", "steps", "tokens", "adapter", "size", "to do", "done already")
@@ -123,40 +122,12 @@ def _planned_view(job: PlannedJob, pipeline: LoadedPipeline, done: set[str]) -> 
         "adapter_bytes": estimate.adapter_bytes if estimate else None,
         "train_rows": estimate.train_rows if estimate else None,
         "num_steps": estimate.num_steps if estimate else None,
-        "tokens": _tokens(pipeline, job) if estimate else None,
+        "tokens": tokens_to_train(pipeline, job) if estimate else None,
         "steps": [
             {"id": step.id, "kind": step.kind, "words": STAGES[step.kind], "done": step.id in done}
             for step in job.steps
         ],
     }
-
-
-def _tokens(pipeline: LoadedPipeline, job: PlannedJob) -> int | None:
-    """About so many tokens will be trained on, prompts included; None if the tokenizer cannot be read."""
-    assert job.estimate is not None
-    if job.kind == "fuse":
-        return _distilled_tokens(pipeline, job.estimate.num_steps)
-    recipe = pipeline.job(job.name)
-    mean = _tokens_per_row(recipe)
-    if mean is None:
-        return None
-    training = recipe.recipe.training_spec()
-    if training.num_epochs is not None:
-        return round(mean * recipe.train.rows * training.num_epochs)
-    return round(mean * job.estimate.num_steps * training.global_batch_size)
-
-
-def _distilled_tokens(pipeline: LoadedPipeline, num_steps: int) -> int | None:
-    """Student and teacher read every row."""
-    means = [_tokens_per_row(recipe) for _, recipe in pipeline.parents()]
-    rows = [parent.rows or recipe.recipe.global_batch_size for parent, recipe in pipeline.parents()]
-    if None in means:
-        return None
-    return round(2 * num_steps * sum(mean * count for mean, count in zip(means, rows, strict=True) if mean))
-
-
-def _tokens_per_row(recipe: LoadedRecipe) -> float | None:
-    return tokens_per_row(recipe.base.spec.path, recipe.train.datasets, recipe.recipe.sequence_len)
 
 
 def _cells(job: Mapping[str, Any]) -> tuple[str, ...]:

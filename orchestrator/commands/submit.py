@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import getpass
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from orchestrator.commands import errors
+from orchestrator.commands.fitting import FitView, fit_views, fit_words
 from orchestrator.commands.home import Home
 from orchestrator.commands.output import Format, emit
 from orchestrator.commands.parts import Parts
@@ -47,18 +48,24 @@ def submit(parts: Parts, home: Home, file: Path, key: str | None, format: Format
     with told_of_a_full_disk(home, again), ExitStack() as stack:
         store = stack.enter_context(parts.store(home))
         plan, digests = plan_of(parts, home, pipeline, stack)
+        fit = fit_views(store, plan, pipeline)
         done = put(store, plan, digests, key)
-        value = {**run_view(store.run(done.run)), "jobs": [job_view(job) for job in done.jobs]}
-        emit(value, format, lambda out: _print(out, done, home, pipeline.notices))
+        jobs = [{**job_view(job), "fit": fit.get(job.name)} for job in done.jobs]
+        value = {**run_view(store.run(done.run)), "jobs": jobs}
+        emit(value, format, lambda out: _print(out, done, home, pipeline.notices, fit))
 
 
-def _print(out: Console, done: Submitted, home: Home, notices: Sequence[str]) -> None:
+def _print(
+    out: Console, done: Submitted, home: Home, notices: Sequence[str], fit: Mapping[str, FitView]
+) -> None:
     for notice in notices:
         out.print(f"note: {notice}", soft_wrap=True)
     if done.nothing_to_do:
         out.print(f"nothing to do: every step of {done.plan.name} is done, by {done.run}", soft_wrap=True)
         return
     out.print(f"{done.run}: {', '.join(job.name for job in done.jobs)}", soft_wrap=True)
+    for name, view in fit.items():
+        out.print(f"{name}: {fit_words(view)}", soft_wrap=True)
     if home.claimed():
         out.print(f"to watch: chorus status {done.run}{home.flag()}", soft_wrap=True)
     else:

@@ -1,4 +1,4 @@
-"""About how many tokens a row has, without loading a model: for `chorus plan` only.
+"""About how many tokens a job will train on, without loading a model: for what is told before it runs.
 
 The host's own count (`workers.data`) is exact; this one renders messages without the chat template's frame.
 """
@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from orchestrator.plan.steps import PlannedJob
+from orchestrator.recipe.load import LoadedRecipe
+from orchestrator.recipe.pipeline import LoadedPipeline
 from workers.rows import messages, read_rows
 from workers.types import DatasetSpec
 
@@ -15,6 +18,34 @@ SAMPLE = 500
 """Rows of each data set that are counted; the others are taken to be like them."""
 FRAME = 4
 """Tokens that a chat template puts around one message: begin, role, line feed, end."""
+
+
+def tokens_to_train(pipeline: LoadedPipeline, job: PlannedJob) -> int | None:
+    """About so many tokens will be trained on, prompts included; None if the tokenizer cannot be read."""
+    assert job.estimate is not None
+    if job.kind == "fuse":
+        return _distilled_tokens(pipeline, job.estimate.num_steps)
+    recipe = pipeline.job(job.name)
+    mean = _tokens_per_row(recipe)
+    if mean is None:
+        return None
+    training = recipe.recipe.training_spec()
+    if training.num_epochs is not None:
+        return round(mean * recipe.train.rows * training.num_epochs)
+    return round(mean * job.estimate.num_steps * training.global_batch_size)
+
+
+def _distilled_tokens(pipeline: LoadedPipeline, num_steps: int) -> int | None:
+    """Student and teacher read every row."""
+    means = [_tokens_per_row(recipe) for _, recipe in pipeline.parents()]
+    rows = [parent.rows or recipe.recipe.global_batch_size for parent, recipe in pipeline.parents()]
+    if None in means:
+        return None
+    return round(2 * num_steps * sum(mean * count for mean, count in zip(means, rows, strict=True) if mean))
+
+
+def _tokens_per_row(recipe: LoadedRecipe) -> float | None:
+    return tokens_per_row(recipe.base.spec.path, recipe.train.datasets, recipe.recipe.sequence_len)
 
 
 def tokens_per_row(base: str, datasets: Sequence[DatasetSpec], sequence_len: int) -> float | None:

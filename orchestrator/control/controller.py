@@ -16,6 +16,7 @@ from pathlib import Path
 from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.contracts import Cluster, ClusterUnreachable, Registry, RegistryUnreachable
+from orchestrator.control import picture
 from orchestrator.control.curve_export import Backoff, CurveExport
 from orchestrator.control.host_events import hear
 from orchestrator.control.ledger import LostFolder
@@ -23,19 +24,22 @@ from orchestrator.control.registration import GateFailed, Registration
 from orchestrator.control.requests import grant
 from orchestrator.control.show import Board
 from orchestrator.control.steps import Steps
-from orchestrator.control.submission import NEEDS
 from orchestrator.control.work import Work
 from orchestrator.disk import is_full, scarce
 from orchestrator.job import Reason, Status
 from orchestrator.placement import NewHost
-from orchestrator.queue import Need, Waiting
-from orchestrator.scheduler import Decision, Snapshot, schedule
+from orchestrator.policy import Policy
+from orchestrator.queue import Waiting, parents_verdict
+from orchestrator.recipe.teams import PolicyFile
+from orchestrator.scheduler import Decision, schedule
 from orchestrator.store.engine import StoreUnreachable
 from orchestrator.store.rows import JobRow
 from orchestrator.store.store import Store
 from workers.types import BadInput
 
 TICK_SECONDS = 0.1
+DECIDE_SECONDS = 1.0
+"""What depends on the clock alone (waits, shares, idle hosts) is looked at so often."""
 LET_GO_SECONDS = 30.0
 TOO_LARGE_PATIENCE = 30.0
 """Seconds a job that needs more ranks than the cluster shows stays queued: a node may be just coming up."""
@@ -61,7 +65,9 @@ class Controller:
         self._work = work = Work(store, cluster, home, clock)
         self._curves = CurveExport(store, registry, self._backoff, clock)
         self._steps = Steps(work, Registration(registry, work.ledger, self._curves, home), self._backoff)
+        self._policy = PolicyFile(home / "teams.yaml")
         self._board = Board(work)
+        self._decided_at = float("-inf")
         self._redone: set[str] = set()
         self._too_large_since: dict[str, float] = {}
 
@@ -109,22 +115,34 @@ class Controller:
         self._requeue(Reason.CONTROLLER_RESTARTED)
 
     def tick(self) -> bool:
-        """One round; False when every job has finished and has left its host."""
+        """One round; False when every job has finished and has left its host.
+
+        Nothing is decided anew while nothing has changed but steps and the clock, for a second at most.
+        """
         work = self._work
-        work.refresh(self._run)
-        self._heed_requests()
-        self._stop_overdue()
+        changed = work.refresh(self._run)
+        changed |= self._heed_requests()
         for host in work.fleet.hosts:
-            hear(work, host)
-        self._steps.hear_tasks(self._guard)
-        waiting = self._advance()
-        snapshot = self._snapshot(waiting)
-        decision = schedule(snapshot)
-        self._act(decision, {job.job: job for job in waiting})
-        self._board.show(snapshot, decision)
+            changed |= hear(work, host)
+        changed |= self._steps.hear_tasks(self._guard)
+        if changed or not 0 <= work.clock() - self._decided_at < DECIDE_SECONDS:
+            self._decide()
         self._curves.tick([work.order(job) for job in work.jobs])
         self._end_runs()
         return bool(work.jobs) or any(host.residents for host in work.fleet.hosts)
+
+    def _decide(self) -> None:
+        done = self._work.ledger.changes
+        self._stop_overdue()
+        waiting = self._advance()
+        policy = self._policy.read()
+        self._keep_books(waiting, policy)
+        snapshot = picture.snapshot(self._work, policy, waiting)
+        decision = schedule(snapshot)
+        self._act(decision, {job.job: job for job in waiting})
+        self._board.show(snapshot, decision)
+        settled = done == self._work.ledger.changes and not decision.moves
+        self._decided_at = self._work.clock() if settled else float("-inf")
 
     def close(self) -> None:
         """Stop the hosts, queue what was under way, and export what can still be exported."""
@@ -140,13 +158,16 @@ class Controller:
 
     # ---- moving on -------------------------------------------------------------------------------------
 
-    def _heed_requests(self) -> None:
-        for request in self._work.store.open_requests():
+    def _heed_requests(self) -> bool:
+        """Whether there were any."""
+        requests = self._work.store.open_requests()
+        for request in requests:
             if request.job in self._work.jobs:
                 grant(self._work, request)
             elif not self._work.store.job(request.job).status.finished:
                 continue
             self._work.store.close_request(request.id)
+        return bool(requests)
 
     def _stop_overdue(self) -> None:
         """A job's time runs from its first placement; its last checkpoint stays."""
@@ -171,30 +192,17 @@ class Controller:
                 self._curves.end(self._work.order(job.id), status)
         self._work.ended.clear()
 
-    # ---- deciding --------------------------------------------------------------------------------------
-
-    def _snapshot(self, waiting: list[Waiting]) -> Snapshot:
-        work = self._work
-        return Snapshot(
-            capacity=work.cluster.capacity(),
-            hosts=tuple(host.view() for host in work.fleet.hosts),
-            waiting=tuple(waiting),
-            running_tasks=sum(flight.host is None for flight in work.flights.values()),
-            bases_to_come=self._bases_to_come(),
-            next_host=work.fleet.next_number,
-        )
-
-    def _bases_to_come(self) -> frozenset[str]:
-        orders = [self._work.order(job) for job in self._work.jobs]
-        return frozenset(
-            order.job.host_key
-            for order in orders
-            if any(NEEDS[step.kind] in (Need.SLOT, Need.HOST) for step in self._work.ledger.remaining(order))
-        )
+    def _keep_books(self, waiting: list[Waiting], policy: Policy) -> None:
+        work, now = self._work, self._work.clock()
+        work.books.keep_only(work.jobs)
+        work.books.waits({job.job for job in waiting if parents_verdict(job) is None}, now)
+        work.books.charge(work.fleet.hosts, picture.teams_aboard(work), now, policy.half_life)
+        work.books.write(now)
 
     # ---- acting ----------------------------------------------------------------------------------------
 
     def _act(self, decision: Decision, asked: Mapping[str, Waiting]) -> None:
+        self._preempt(decision.preempt)
         for name in decision.close_hosts:
             self._work.drop_flights(self._work.fleet.stop(name))
         for new in decision.start_hosts:
@@ -211,6 +219,17 @@ class Controller:
             self._begin(job, None, "needs no host any more")
         for job, reason in decision.refusals.items():
             self._refuse(self._work.jobs[job], reason, asked[job])
+
+    def _preempt(self, victims: Mapping[str, str]) -> None:
+        """Pause them. On record first: a controller killed in between must know that they are spared now."""
+        work, now = self._work, self._work.clock()
+        for victim in victims:
+            work.books.preempted_at[victim] = now
+        if victims:
+            work.books.write(now, at_once=True)
+        for victim, taker in victims.items():
+            if victim in work.jobs:
+                work.switch(victim, Reason.PREEMPTED, f"for {taker}")
 
     def _open(self, new: NewHost, jobs: list[str]) -> None:
         """Start a host for the jobs placed on it; they fail if the cluster can never hold one."""

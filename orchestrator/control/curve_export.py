@@ -16,10 +16,13 @@ from orchestrator.plan.steps import EvaluateWhat, FuseWhat, SearchWhat
 from orchestrator.registry.answers import DTYPE_TAG
 from orchestrator.store.rows import Curves, MetricRow, ValidationRow
 from orchestrator.store.store import Store
+from workers.rules import as_given
 from workers.types import DatasetSpec, DistillSpec, Teacher
 
 EXPORT_EVERY = 3.0
-"""Seconds between two looks for new points."""
+"""Seconds between two looks for new points, at least."""
+JOBS_A_SECOND = 2.0
+"""Each job's points are requests to the registry: with many jobs they go more rarely, more at a time."""
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
 
 log = logging.getLogger(__name__)
@@ -67,6 +70,7 @@ class CurveExport:
         try:
             pending = self._store.curves.pending()
             late = [order for order in orders if order.series in pending]
+            self._next += max(0.0, len(late) / JOBS_A_SECOND - EXPORT_EVERY)
             spoke = [self._end_runs(), *(self.flush(order) for order in late)]
             if any(spoke):
                 self._backoff.worked()
@@ -133,11 +137,16 @@ def params(order: Order) -> dict[str, str]:
         return {key: str(value) for key, value in figures.items()}
     what = next(step.what for step in order.job.steps if step.id == order.series)
     if isinstance(what, SearchWhat):
-        searched = {"rule": what.fuse.rule, "rank": str(what.fuse.rank), "weights": "searched"}
+        searched = {**_of_rule(what.fuse), "weights": "searched"}
         return {**searched, "trials": str(what.trials), "groups": ", ".join(what.groups)}
     assert isinstance(what, FuseWhat)
     weights = ", ".join(f"{weight:g}" for _, weight in what.adapters)
-    return {"rule": what.rule, "rank": str(what.rank), "weights": weights}
+    return {**_of_rule(what), "weights": weights}
+
+
+def _of_rule(what: FuseWhat) -> dict[str, str]:
+    options = {key: f"{value:g}" for key, value in as_given(what.options).items()}
+    return {"rule": what.rule, "rank": str(what.rank), **options}
 
 
 def _distilled(distill: DistillSpec | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from orchestrator.contracts import Cluster
-from orchestrator.placement import HostView, NewHost
+from orchestrator.placement import NewHost
 from orchestrator.queue import Need
 from workers.types import BaseSpec, HostMeasured, HostReady
 
@@ -26,19 +26,8 @@ class Host:
     adapter_parameters: dict[str, int] = field(default_factory=dict[str, int])
     """Job in a slot -> parameters of its adapter."""
     visitors: set[str] = field(default_factory=set[str])
-
-    def view(self) -> HostView:
-        return HostView(
-            self.name,
-            self.base,
-            self.world_size,
-            self.slots,
-            self.on_gpus,
-            frozenset(self.residents),
-            frozenset(self.visitors),
-            sum(self.adapter_parameters.values()),
-            self.measured.adapter_parameters if self.measured else None,
-        )
+    idle_since: float | None = None
+    """When it was first seen without anyone."""
 
     @property
     def seated(self) -> set[str]:

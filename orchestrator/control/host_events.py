@@ -13,6 +13,7 @@ from orchestrator.control.ledger import evaluation_result
 from orchestrator.control.work import Work
 from orchestrator.job import Reason, Status
 from orchestrator.plan.steps import EvaluateWhat
+from orchestrator.poison import SOLO_DEATHS
 from orchestrator.store.curves import finite
 from orchestrator.store.rows import Progress, Report
 from workers.manifest import CorruptFolder
@@ -37,15 +38,19 @@ from workers.types import (
 MOST_HOST_FAILURES = 3
 """Hosts of one base lost in a row, without a step or a score in between, after which its jobs fail."""
 
+ON_THE_WAY = (StepDone, Validated, CheckpointSaved, OutOfMemory)
+"""Reports after which everything goes on as it was."""
+
 log = logging.getLogger(__name__)
 
 
-def hear(work: Work, host: Host) -> None:
-    """Take in all that a host has reported since the last time."""
+def hear(work: Work, host: Host) -> bool:
+    """Take in all that a host has reported since the last time; whether it bears on what to do next."""
     events = work.cluster.poll(host.name)
     _write_curves(work, events)
     for event in events:
         _hear(work, host, event)
+    return any(not isinstance(event, ON_THE_WAY) for event in events)
 
 
 def _hear(work: Work, host: Host, event: Event) -> None:
@@ -56,6 +61,7 @@ def _hear(work: Work, host: Host, event: Event) -> None:
             _attached(work, event)
         case StepDone():
             work.host_failures.pop(host.base, None)
+            work.books.trained(event.job, event.padded_tokens or event.tokens)
         case TrainingFinished():
             _training_finished(work, host, event)
         case Detached():
@@ -176,14 +182,36 @@ def _evaluation_ended(work: Work, host: Host, event: EvaluationDone | SearchDone
 
 
 def lose(work: Work, host: Host, message: str) -> None:
-    """A host is gone: its jobs are queued again, or fail if hosts of their base keep dying."""
+    """A host is gone: its jobs are queued again, but one that is shown to have taken it down.
+
+    Jobs fail if hosts of their base keep dying before anyone trains on them.
+    """
     work.fleet.stop(host.name)
     work.drop_flights(host)
+    seated = sorted(host.seated & work.jobs.keys())
+    reached = {job: work.jobs[job].step for job in host.residents if job in seated}
+    if host.ready is not None and reached:
+        _inquire(work, reached, message)
+    else:
+        _count_failure(work, host, seated, message)
+    for job in seated:
+        if job in work.jobs:
+            work.switch(job, Reason.HOST_LOST, message)
+
+
+def _inquire(work: Work, reached: dict[str, int], message: str) -> None:
+    """Ask whether one of those aboard is what its hosts die of."""
+    culprit = work.books.died(reached)
+    work.books.write(work.clock(), at_once=True)
+    if culprit is not None:
+        words = f"{SOLO_DEATHS} hosts died with it alone aboard, after step {reached[culprit]}: {message}"
+        work.switch(culprit, Reason.QUARANTINED, words)
+
+
+def _count_failure(work: Work, host: Host, seated: list[str], message: str) -> None:
     failures = work.host_failures.get(host.base, 0) + 1
     work.host_failures[host.base] = failures % MOST_HOST_FAILURES
-    for job in sorted(host.seated & work.jobs.keys()):
-        if failures < MOST_HOST_FAILURES:
-            work.switch(job, Reason.HOST_LOST, message)
-        else:
-            words = f"{failures} hosts of its base were lost without getting anywhere; the last: {message}"
+    if failures == MOST_HOST_FAILURES:
+        words = f"{failures} hosts of its base were lost without getting anywhere; the last: {message}"
+        for job in seated:
             work.switch(job, Reason.INTERNAL_ERROR, words)

@@ -40,6 +40,8 @@ class Ledger:
         self._store = store
         self._home = home
         self._results: dict[str, Mapping[str, Any]] = {}
+        self.changes = 0
+        """How often a step was done or undone."""
 
     def learn(self, order: Order) -> None:
         """Read from the store what is finished of a job's steps. Once a job: who submitted it may have
@@ -63,10 +65,12 @@ class Ledger:
     def finish(self, step: str, kind: str, job: str, result: Mapping[str, Any]) -> None:
         self._store.finish_step(step, kind, job, result)
         self._results[step] = result
+        self.changes += 1
 
     def forget(self, lost: LostFolder) -> None:
         """Make a step undone; an altered folder is moved aside, as a published one is never overwritten."""
         self._store.forget_step(lost.step)
+        self.changes += 1
         self._results.pop(lost.step, None)
         if lost.folder.exists():
             lost.folder.rename(lost.folder.with_name(f"{lost.folder.name}.altered-{uuid4().hex[:8]}"))

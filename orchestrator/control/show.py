@@ -44,7 +44,8 @@ class Board:
             [_host(host, names.get(host.base)) for host in self._work.fleet.hosts],
             [[job, reason.value] for job, reason in decision.refusals.items()],
         )
-        decided_on = (snapshot.capacity, snapshot.hosts, snapshot.waiting)
+        aboard = [(host.name, [resident.job for resident in host.residents]) for host in snapshot.hosts]
+        decided_on = (snapshot.capacity, aboard, [job.job for job in snapshot.waiting])
         if (value, decided_on) != (self._shown, self._decided_on) or now - self._at >= ALIVE_SECONDS:
             self._put(value, now)
             self._decided_on = decided_on

@@ -26,6 +26,7 @@ from orchestrator.plan.steps import (
     Step,
     TrainWhat,
 )
+from orchestrator.policy import DEFAULT_TEAM
 from orchestrator.queue import Need, Waiting
 from orchestrator.store.rows import JobRow
 from workers.types import Attach, Evaluate, ExportTask, FuseTask, SearchSpec, SearchWeights, Task
@@ -71,6 +72,8 @@ class Steps:
             return None
         if job.reason is Reason.DISK_FULL and self._work.pauses(job.id):
             return None
+        if self._work.still_seated(job.id):
+            return None  # It was told to leave, and goes on from what it saves on the way out.
         need = order.seat_need(remaining)
         if remaining and remaining[0].id in self._work.flights:
             other = self._work.flights[remaining[0].id].job
@@ -87,6 +90,9 @@ class Steps:
             job.submitted_at,
             tuple(self._work.parents[parent] for parent in job.depends_on),
             planned.estimate.adapter_parameters if planned.estimate else 0,
+            planned.team or DEFAULT_TEAM,
+            self._work.books.attained.get(job.id, 0.0),
+            self._work.books.remaining(job),
         )
 
     def _succeed(self, job: JobRow) -> None:
@@ -124,6 +130,7 @@ class Steps:
             weights=tuple(weight for _, weight in what.adapters),
             rule=what.rule,
             rank=what.rank,
+            options=what.options,
             out_dir=str(self._ledger.fusion_dir(step)),
         )
 
@@ -167,14 +174,17 @@ class Steps:
             name=self._registration.registered_label(order),
         )
 
-    def hear_tasks(self, guard: Callable[[str], Any]) -> None:
-        """Take in every CPU task that has ended."""
+    def hear_tasks(self, guard: Callable[[str], Any]) -> bool:
+        """Take in every CPU task that has ended; whether one has."""
+        heard = False
         for key, flight in list(self._work.flights.items()):
             result = self._work.cluster.task_result(key) if flight.host is None else None
             if result is not None:
                 del self._work.flights[key]
+                heard = True
                 with guard(flight.job):
                     self._task_ended(flight, result)
+        return heard
 
     def _task_ended(self, flight: Flight, result: TaskResult) -> None:
         step = flight.step

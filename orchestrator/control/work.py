@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from orchestrator.contracts import Cluster
+from orchestrator.control.books import Books
 from orchestrator.control.curve_export import Backoff
 from orchestrator.control.fleet import Fleet, Host
 from orchestrator.control.ledger import Ledger
@@ -46,6 +47,7 @@ class Work:
         self.clock = clock
         self.ledger = Ledger(store, home)
         self.fleet = Fleet(cluster)
+        self.books = Books.open(store.scheduling)
         self.flights: dict[str, Flight] = {}
         self.jobs: dict[str, JobRow] = {}
         self.parents: dict[str, Status] = {}
@@ -60,15 +62,15 @@ class Work:
         self._refreshed = 0.0
         self._pauses: dict[str, Backoff] = {}
 
-    def refresh(self, run: str | None) -> None:
-        """Look at the store again: others submit jobs while the controller runs.
+    def refresh(self, run: str | None) -> bool:
+        """Look at the store again, as others submit jobs while the controller runs; whether it has changed.
 
         Its newest event tells whether anything was; the whole is looked at now and then all the same, as two
         transactions of PostgreSQL may commit in another order than they took their numbers.
         """
         last = self.store.last_event()
         if last == self._last_event and self.clock() - self._refreshed < REFRESH_SECONDS:
-            return
+            return False
         self.jobs = {job.id: job for job in self.store.unfinished_jobs(run, known=self.jobs)}
         self.parents = self.store.statuses({p for job in self.jobs.values() for p in job.depends_on})
         self._last_event, self._refreshed = last, self.clock()
@@ -80,6 +82,7 @@ class Work:
                 log.exception("the stored plan of %s cannot be read", job)
                 words = "its stored plan cannot be read by this version of chorus; submit again"
                 self.switch(job, Reason.INTERNAL_ERROR, words)
+        return True
 
     def order(self, job: str) -> Order:
         if job not in self._orders:
@@ -161,6 +164,11 @@ class Work:
             else:
                 self.fleet.vacate_slot(job.id, attempt)
         self.fleet.vacate(job.id)
+
+    def still_seated(self, job: str) -> bool:
+        """Whether an attempt of the job has not left its slot yet."""
+        host = self.fleet.host_of(job)
+        return host is not None and job in host.residents
 
     # ---- flights ---------------------------------------------------------------------------------------
 

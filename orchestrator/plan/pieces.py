@@ -11,7 +11,8 @@ from orchestrator.plan.steps import EvaluateWhat, FuseWhat, SearchWhat, Step, St
 from orchestrator.recipe.fuse_block import Parent, Search
 from orchestrator.recipe.load import LoadedRecipe
 from workers.manifest import json_digest
-from workers.types import DatasetSpec, EvaluationSpec, SearchTask
+from workers.rules import as_given
+from workers.types import DatasetSpec, EvaluationSpec, RuleOptions, SearchTask
 
 
 def make_step(kind: StepKind, matters: Mapping[str, Any], needs: tuple[str, ...], what: What) -> Step:
@@ -76,15 +77,19 @@ class Source:
     """Steps that no job of the pipeline does for it."""
 
 
-def fuse_step(rule: str, rank: int | None, sources: Sequence[Source]) -> Step:
+def fuse_step(
+    rule: str, rank: int | None, sources: Sequence[Source], options: RuleOptions | None = None
+) -> Step:
+    options = options or RuleOptions()
     adapters = tuple((source.adapter, source.parent.weight) for source in sources)
     matters = {
         "rule": rule,
         "rank": rank,
         "adapters": [[source.bytes_id, source.parent.weight] for source in sources],
+        **({"options": as_given(options)} if as_given(options) else {}),
     }
     needs = tuple(source.adapter for source in sources if source.parent.job)
-    return make_step("fuse", matters, needs, FuseWhat(rule, rank, adapters))
+    return make_step("fuse", matters, needs, FuseWhat(rule, rank, adapters, options))
 
 
 def search_step(search: Search, plain: Step, sources: Sequence[Source]) -> Step:

@@ -190,7 +190,7 @@ def _made(fuse: Fuse, sources: list[Source]) -> tuple[Step, ...]:
     """The steps that make the fused adapter; the last one has it."""
     if fuse.distill is not None:
         return distillation.steps(fuse, sources)
-    plain = fuse_step(fuse.rule, fuse.rank, sources)
+    plain = fuse_step(fuse.rule, fuse.rank, sources, fuse.options.options())
     return (search_step(fuse.search, plain, sources) if fuse.search else plain,)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from orchestrator.recipe.model_folder import BaseDigests
-from workers.types import BaseSpec, EvaluationSpec, JobSpec, SearchTask
+from workers.types import BaseSpec, EvaluationSpec, JobSpec, RuleOptions, SearchTask
 
 JobKind = Literal["train", "fuse"]
 StepKind = Literal["evaluate_base", "train", "evaluate", "fuse", "search", "register", "promote", "release"]
@@ -62,6 +62,7 @@ class FuseWhat:
     rule: str
     rank: int | None
     adapters: tuple[tuple[str, float], ...]
+    options: RuleOptions = field(default_factory=RuleOptions)
 
 
 @dataclass(frozen=True)

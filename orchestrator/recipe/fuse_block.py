@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from orchestrator.gate import parse_bound, retention_problem
 from orchestrator.recipe.parts import (
@@ -22,6 +22,10 @@ from orchestrator.recipe.parts import (
     Whole,
     Word,
 )
+from workers.rules import MERGES, check_name, check_plan, check_weights
+from workers.types import RuleOptions
+
+RULES = (*MERGES, "distill")
 
 
 class Parent(Model):
@@ -121,15 +125,43 @@ class Controls(Model):
     """The first so many test rows of each task; null for all of them, and for generated replies."""
 
 
+class Settings(Model):
+    """What a rule takes beside rank and weights; left out, its default. `workers/README.md` has the table."""
+
+    energy: float | None = None
+    """In place of rank: the lowest rank that keeps this share of the squared singular values."""
+    bucket: int | None = None
+    """In place of rank: one that vLLM sets memory aside for (1, 8, 16, 32, 64, 128, 256, 320 or 512)."""
+    density: float | None = None
+    """Share of entries that are kept; 0.5."""
+    seed: int | None = None
+    """Of the entries dropped at random; 0."""
+    epsilon: float | None = None
+    """della: how far the chance to be kept rises from the smallest entry to the largest; 0.1."""
+    gamma: float | None = None
+    """breadcrumbs: share of entries dropped as too large; 0.01."""
+    common: float | None = None
+    """iso_cts: share of the directions taken from the sum; 0.8."""
+    alpha: float | None = None
+    """regmean: what the off-diagonal of a Gram matrix is multiplied by; 0.9."""
+    scale: float | None = None
+    """What the result is multiplied by; 1."""
+
+    def options(self) -> RuleOptions:
+        return RuleOptions(**self.model_dump())
+
+
 class Fuse(Model):
     """Several adapters made into one."""
 
     name: Name
     task: Slug = "multitask"
-    rule: Literal["cat", "svd", "distill"]
-    """cat: the exact sum. svd: the nearest adapter of a given rank. distill: one trained against them."""
+    rule: Annotated[str, Field(json_schema_extra={"enum": list(RULES)})]
+    """cat: the exact sum. svd: the nearest of a given rank. distill: one trained against them; and others."""
     rank: Count | None = None
-    """Of the result; rules svd and distill only."""
+    """Of the result: needed for svd and distill, refused for cat, may cut the others."""
+    options: Settings = Settings()
+    """Of the rule."""
     distill: Distill | None = None
     """Rule distill only: how to train."""
     search: Search | None = None
@@ -141,10 +173,19 @@ class Fuse(Model):
     registry: Registry = Registry()
     release: Release | None = None
 
+    @field_validator("rule")
+    @classmethod
+    def _rule_is_known(cls, rule: str) -> str:
+        check_name(rule, RULES)
+        return rule
+
     @model_validator(mode="after")
-    def _rank_belongs_to_rules_that_cut(self) -> Fuse:
-        if (self.rule in ("svd", "distill")) != (self.rank is not None):
-            raise ValueError("rank is needed for rules svd and distill, and only there")
+    def _options_belong_to_the_rule(self) -> Fuse:
+        if self.rule != "distill":
+            check_plan(self.rule, self.rank, self.options.options())
+            check_weights(self.rule, [parent.weight for parent in self.adapters], len(self.adapters))
+        elif self.rank is None or self.options != Settings():
+            raise ValueError("rule distill needs a rank and takes no options")
         return self
 
     @model_validator(mode="after")

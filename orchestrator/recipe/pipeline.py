@@ -211,6 +211,7 @@ def _check_fusion(node: Node, loaded: LoadedPipeline, fuse: Fuse) -> None:
         tasks.add(recipe.recipe.task)
     allowed = {f"{r.recipe.task}.{metric}" for _, r in parents for metric in r.recipe.metrics}
     _check_search(node, fuse, allowed, [recipe.recipe for _, recipe in parents])
+    _check_groups(node, fuse, [recipe for _, recipe in parents])
     _check_fused_gates(node, fuse, allowed)
 
 
@@ -232,6 +233,27 @@ def _check_search(node: Node, fuse: Fuse, allowed: set[str], recipes: Sequence[R
         if not recipe.datasets_of("validation"):
             why = f"fuse.search: {recipe.name!r} has no validation rows to search on; set its evals_per_epoch"
             raise _bad(node, ["fuse", "search"], why)
+
+
+def _check_groups(node: Node, fuse: Fuse, recipes: Sequence[LoadedRecipe]) -> None:
+    """Every group has modules: a word that was misspelt would be searched in vain."""
+    left = {name for r in recipes for name in r.base.targets(r.recipe.lora_target_modules)}
+    names = set(left)
+    for index, part in enumerate(fuse.search.groups if fuse.search else ()):
+        taken = {name for name in left if part in name}
+        if not taken:
+            why = f"{part!r} is left no module by the groups before it"
+            if not any(part in name for name in names):
+                why = (
+                    f"no module that is fused has {part!r} in its name; there are {', '.join(_words(names))}"
+                )
+            raise _bad(node, ["fuse", "search", "groups", index], f"fuse.search.groups: {why}")
+        left -= taken
+
+
+def _words(modules: set[str]) -> list[str]:
+    """The last two parts of the modules' names: `self_attn` and `q_proj`."""
+    return sorted({part for name in modules for part in name.split(".")[-2:]})
 
 
 def _check_fused_gates(node: Node, fuse: Fuse, allowed: set[str]) -> None:

@@ -49,6 +49,7 @@ from orchestrator.store.rows import (
     RunRow,
     StepRow,
 )
+from orchestrator.store.scheduling import SchedulingStore
 from orchestrator.store.schema import migrate
 from orchestrator.store.submitting import submit, write_event
 
@@ -72,6 +73,7 @@ class Store:
         self._clock = clock
         self.patience = patience
         self.curves = CurveStore(engine, patience)
+        self.scheduling = SchedulingStore(engine, patience)
         self._migrate()
 
     @patiently
@@ -88,7 +90,7 @@ class Store:
 
     def wait_for_it(self, seconds: float) -> None:
         """Wait so long for a server that is away, from now on."""
-        self.patience = self.curves.patience = seconds
+        self.patience = self.curves.patience = self.scheduling.patience = seconds
 
     # ---- runs and jobs ----------------------------------------------------------------------------------
 
@@ -168,6 +170,15 @@ class Store:
             rows = db.execute(select(*light).where(condition).order_by(*order)).mappings().all()
             fresh = heavy_columns(db, [row["id"] for row in rows if row["id"] not in known])
         return tuple(job_row(row, fresh.get(row["id"]) or heavy_of(known[row["id"]])) for row in rows)
+
+    @patiently
+    def latest_paces(self, count: int) -> tuple[tuple[str, str | None, float], ...]:
+        """(host key of its base, host if it sits on one, tokens a second) of the jobs last seen training."""
+        t = tables.jobs.c
+        query = select(t.plan, t.host, t.tokens_per_second).where(t.tokens_per_second.is_not(None))
+        query = query.order_by(t.submitted_at.desc(), t.id).limit(count)
+        with self._engine.connect() as db:
+            return tuple((row[0]["job"]["host_key"], row[1], row[2]) for row in db.execute(query))
 
     @patiently
     def last_event(self) -> int:

@@ -134,6 +134,14 @@ requests = Table(
     Column("value", JSON),
 )
 
+scheduling = Table(
+    "scheduling",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("value", JSON, nullable=False),
+)
+"""One row: what the policy remembers from tick to tick."""
+
 boards = Table(
     "boards",
     metadata,

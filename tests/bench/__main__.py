@@ -15,10 +15,22 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-CASES = ("ticks", "tokens", "residents", "bytes", "joins", "memory", "jobs", "release")
+CASES = (
+    "ticks",
+    "tokens",
+    "residents",
+    "bytes",
+    "joins",
+    "memory",
+    "operators",
+    "jobs",
+    "controller",
+    "release",
+)
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 """A rank has one thread, in the benchmarks as on a host."""
 
@@ -51,6 +63,9 @@ def record(case: str, asked: argparse.Namespace, command: Sequence[str]) -> Path
         rounds = asked.rounds or (2 if asked.small else 5)
         setting = Setting(Path(folder), asked.small, rounds, asked.arithmetic)
         outcome = _case(case)(setting)
+    if asked.arithmetic != "exact":
+        title = f"{outcome.title}: {asked.arithmetic} arithmetic"
+        outcome = replace(outcome, case=f"{case}-{asked.arithmetic}", title=title)
     path = write(outcome, machine, asked.out, command, asked.small)
     print(path.read_text())
     print(f"written: {path}")
@@ -79,6 +94,14 @@ def _case(name: str) -> Callable:
         from tests.bench.release import release
 
         return release
+    if name == "operators":
+        from tests.bench.operators import operators
+
+        return operators
+    if name == "controller":
+        from tests.bench.controller import controller
+
+        return controller
     from tests.bench.jobs import jobs
 
     return jobs

@@ -58,6 +58,7 @@ class Lines:
     x: Sequence[float]
     series: Mapping[str, Sequence[float]]
     labels: tuple[str, str]
+    height = 3.6
 
     def draw(self, axes: Any) -> None:
         for name, values in self.series.items():
@@ -72,6 +73,11 @@ class Lines:
 class Bars:
     series: Mapping[str, float]
     label: str
+
+    @property
+    def height(self) -> float:
+        """Inches; a bar keeps room for its name."""
+        return max(3.6, 1 + 0.2 * len(self.series))
 
     def draw(self, axes: Any) -> None:
         axes.barh(list(self.series), list(self.series.values()))
@@ -127,15 +133,16 @@ def write(outcome: Outcome, machine: Machine, folder: Path, command: Sequence[st
 def _text(outcome: Outcome, machine: Machine, picture: str, command: Sequence[str], small: bool) -> str:
     missed = [target.what for target in outcome.targets if not target.met]
     verdict = f"Missed: {'; '.join(missed)}." if missed else "Every target is met."
+    lines = [target.line for target in outcome.targets]
+    if not lines:
+        verdict = "No figure is required here."
     if small:
         verdict = "A trial at a small shape: its figures say nothing of the targets, nor does what is met."
     parts = [
         f"# {outcome.title}",
         verdict,
         f"- {machine.text}\n- {versions()}\n- command: `{' '.join(command)}`",
-        "\n".join(
-            ["| target | required | found | met |", "|---|---|---|---|", *(t.line for t in outcome.targets)]
-        ),
+        *(["\n".join(["| target | required | found | met |", "|---|---|---|---|", *lines])] if lines else []),
         *(table.text for table in outcome.tables),
         *outcome.notes,
         f"![{outcome.case}]({picture})",
@@ -149,7 +156,7 @@ def _plot(outcome: Outcome, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6.4, 3.6), dpi=100, layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(6.4, outcome.plot.height), dpi=100, layout="constrained")
     outcome.plot.draw(axes)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(outcome.title, fontsize=10)

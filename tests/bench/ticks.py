@@ -112,8 +112,8 @@ HOW = (
     "Tokens a second are those of all jobs on all ranks. Systems take turns within a round; a ratio is "
     "taken in each round and its median quoted with the least and the greatest. Jobs that run one after "
     "another are alike, so beyond 4,096 tokens some of them stand for all, and beyond 8,192 one pass of the "
-    "base for all. One thread a rank. A quarter of the tokens is learned; PEFT's loop computes the logits of "
-    "all positions, as such loops do."
+    "base for all. All run in the host's process, whose allocator keeps what it frees. One thread a rank. A "
+    "quarter of the tokens is learned; PEFT's loop computes the logits of all positions, as such loops do."
 )
 
 

@@ -96,6 +96,7 @@ def test_version_holds_all_its_files_and_links(registry, client, name, tmp_path)
         "adapter_model.safetensors",
         "eval/recommendation/metrics.png",
         "eval/report.json",
+        "eval/rows.json",
         "eval/sentiment/confusion.png",
         "eval/sentiment/metrics.png",
         "fusion/report.json",

@@ -20,8 +20,8 @@ from tests.interchange import CLOSE
 from tests.orchestrator.recipe_files import LABELS, fuse, pipeline, write_yaml
 from workers.adapter import read_adapter
 from workers.data import encode_all
-from workers.host import ALL_ROWS, Host
-from workers.lora import Segment
+from workers.host import Host
+from workers.lora import ALL_ROWS, Segment
 from workers.ranks import Ranks
 from workers.task import run
 from workers.types import BaseSpec, DatasetSpec, ExportTask

@@ -9,7 +9,9 @@ from __future__ import annotations
 import atexit
 import os
 import socket
+import threading
 from collections.abc import Callable
+from multiprocessing import parent_process
 from typing import Any
 
 import torch
@@ -82,6 +84,7 @@ def free_port() -> int:
 
 
 def _serve(rank: int, size: int, port: int, inbox: Any, outbox: Any) -> None:
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
     ranks = connect(rank, size, "127.0.0.1", port) if size > 1 else Ranks()
@@ -92,3 +95,11 @@ def _serve(rank: int, size: int, port: int, inbox: Any, outbox: Any) -> None:
         except BaseException as error:
             result = RuntimeError(f"rank {rank}: {error!r}")
         outbox.put((rank, result if rank == 0 or isinstance(result, BaseException) else None))
+
+
+def _leave_with_parent() -> None:
+    """A test process that is killed, as pytest-xdist kills one that is slow to end, closes no group."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

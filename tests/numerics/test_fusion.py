@@ -163,7 +163,7 @@ def test_fuse_untrained_adapter_discards_nothing() -> None:
     adapter = random_adapter(3)
     untrained = Adapter({name: (a, 0 * b) for name, (a, b) in adapter.factors.items()}, 3, 3)
     _, report = fuse([untrained], [1.0], "svd", 1)
-    assert report["summary"] == {"discarded_energy": 0.0, "norm_before": 0.0, "norm_after": 0.0}
+    assert set(report["summary"].values()) == {0.0}
     assert report["cosines"] == [[0.0]]
 
 

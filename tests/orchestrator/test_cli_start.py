@@ -53,6 +53,7 @@ COMMANDS = {
         "adapters history",
         "adapters lineage",
         "adapters verify",
+        "simulate",
         "recipe validate",
         "recipe schema",
     ),

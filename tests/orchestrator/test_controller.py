@@ -17,6 +17,7 @@ from orchestrator.control.submission import new_run
 from orchestrator.job import REASONS, Reason, Status
 from orchestrator.plan.plan import make_plan
 from orchestrator.recipe.pipeline import load_pipeline
+from orchestrator.scheduler import schedule
 from orchestrator.store.rows import JobRow
 from orchestrator.store.store import Store
 from tests.contract.memory_registry import MemoryRegistry
@@ -652,3 +653,46 @@ def test_job_whose_stored_plan_cannot_be_read_fails_alone(world):
     world.store.submit(replace(run, key="9" * 64, jobs=(broken, *run.jobs)))
     world.run()
     assert world.statuses() == {"broken": Status.FAILED, "finance": Status.SUCCEEDED}
+
+
+def test_controller_decides_anew_when_something_changed_or_a_second_went_by(world, monkeypatch):
+    from orchestrator.control import controller as loop
+
+    decided = []
+    monkeypatch.setattr(loop, "schedule", lambda snapshot: decided.append(snapshot) or schedule(snapshot))
+    world.submit(finance(max_steps=200))
+    controller = world.controller()
+    controller.recover()
+    while world.job("finance").step < 5:
+        controller.tick()
+    before, step = len(decided), world.job("finance").step
+    for _ in range(20):
+        controller.tick()
+    assert world.job("finance").step == step + 20, "what hosts report is taken in all the same"
+    assert len(decided) == before
+    world.now += loop.DECIDE_SECONDS
+    controller.tick()
+    controller.tick()
+    assert len(decided) == before + 1
+    world.submit(support())
+    controller.tick()
+    assert len(decided) == before + 2
+
+
+def test_curves_of_many_jobs_go_to_the_registry_more_rarely(world, monkeypatch):
+    from orchestrator.control import curve_export
+
+    monkeypatch.setattr(curve_export, "JOBS_A_SECOND", 0.1)
+    logged = []
+
+    class Counting(MemoryRegistry):
+        def log_metrics(self, run, points):
+            logged.append(world.now)
+            super().log_metrics(run, points)
+
+    world.registry = Counting(world.folder / "counting")
+    world.submit(finance(max_steps=100))
+    world.run()
+    whole = [p for run in world.registry.runs.values() for p in run.points if p[0] == "loss"]
+    assert sorted(step for _, step in whole) == list(range(1, 101))
+    assert max(later - earlier for earlier, later in pairwise(sorted(set(logged)))) >= 10

@@ -169,6 +169,7 @@ def test_plan_made_again_redoes_nothing(world: Path) -> None:
             },
         ),
         ({"fused": {"rule": "svd", "rank": 8}}, {"fused": FUSED}),
+        ({"fused": {"rule": "ties", "options": {"density": 0.3}}}, {"fused": FUSED}),
         ({"fused": {"evaluation": {}}}, {"fused": {"promote", "release"}}),
         ({"fused": {"release": {"out": "elsewhere"}}}, {"fused": {"release"}}),
         ({"fused": {"release": {"out": "out", "merged": True}}}, {"fused": {"release"}}),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.job import Reason, Status
+from orchestrator.policy import HOUR, Policy
 from orchestrator.queue import Need, Waiting, in_order, parents_verdict
 
 
@@ -18,9 +21,31 @@ jobs = st.builds(job, st.uuids().map(str), st.integers(-2, 2), st.floats(0, 5))
 
 @given(st.lists(jobs))
 def test_in_order_puts_higher_priority_first_then_older(waiting):
-    keys = [(-j.priority, j.submitted_at, j.job) for j in in_order(waiting)]
+    keys = [(-j.priority, j.submitted_at, j.job) for j in in_order(waiting, Policy(), now=5.0)]
     assert keys == sorted(keys)
     assert len(keys) == len(waiting)
+
+
+def names(*jobs: Waiting, now: float = 100.0) -> list[str]:
+    return [job.job for job in in_order(jobs, Policy(), now)]
+
+
+def test_in_order_puts_what_has_had_little_before_what_has_had_much():
+    assert names(replace(job("old"), attained=5 * HOUR), replace(job("new", at=9.0), attained=HOUR)) == [
+        "new",
+        "old",
+    ]
+
+
+def test_in_order_trusts_what_is_left_more_than_what_was_had():
+    nearly = replace(job("nearly done", at=9.0), attained=900 * HOUR, remaining=HOUR)
+    assert names(replace(job("begun"), attained=5 * HOUR), nearly) == ["nearly done", "begun"]
+
+
+def test_in_order_puts_who_waited_to_the_bound_before_any_priority():
+    bound = Policy().most_waiting
+    late = replace(job("late", at=9.0), waiting_since=bound)
+    assert names(job("aged", -5), replace(late, priority=5), now=bound + 1) == ["aged", "late"]
 
 
 @given(st.lists(st.sampled_from(Status)))

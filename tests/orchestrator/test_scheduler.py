@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from orchestrator.contracts import Capacity
 from orchestrator.job import Reason, Status
-from orchestrator.placement import HostView, NewHost
+from orchestrator.placement import HostView, NewHost, Resident
+from orchestrator.policy import Policy, Team
 from orchestrator.queue import Need, Waiting, in_order
 from orchestrator.scheduler import Snapshot, schedule
 
@@ -18,6 +19,10 @@ NO_ROOM = Capacity(cpus=0, gpus=0)
 
 def waiting(job: str, need: Need = Need.SLOT, base: str = "b1", **changes) -> Waiting:
     return replace(Waiting(job, need, base, 2, 4, priority=0, submitted_at=0.0), **changes)
+
+
+def residents(*names: str, **changes) -> tuple[Resident, ...]:
+    return tuple(replace(Resident(name), **changes) for name in names)
 
 
 def host(name: str = "h1", base: str = "b1", **changes) -> HostView:
@@ -39,15 +44,22 @@ def test_schedule_warm_host_with_a_free_slot_is_used_before_a_new_one():
     assert (decision.start_hosts, decision.placements) == ((), {"a": "h1"})
 
 
+def test_schedule_job_placed_in_this_decision_is_not_preempted_by_it():
+    wide, narrow = waiting("wide", base="b1", world_size=8), waiting("narrow", base="b2", world_size=1)
+    decision = decide(replace(wide, team="a"), replace(narrow, team="b"), capacity=Capacity(8, 0))
+    assert (decision.placements, decision.preempt) == ({"wide": "host-1"}, {})
+    assert decision.refusals == {"narrow": Reason.WAITS_FOR_HOST}
+
+
 def test_schedule_full_host_makes_the_youngest_wait_for_a_slot():
-    full = host(slots=2, residents=frozenset({"x"}))
+    full = host(slots=2, residents=residents("x"))
     decision = decide(waiting("old"), waiting("young", submitted_at=9.0), hosts=[full])
     assert decision.placements == {"old": "h1"}
     assert decision.refusals == {"young": Reason.WAITS_FOR_SLOT}
 
 
 def test_schedule_job_that_does_not_fit_beside_the_residents_waits_for_memory():
-    warm = host(residents=frozenset({"x"}), adapter_parameters=600, adapter_room=1000)
+    warm = host(residents=residents("x"), adapter_parameters=600, adapter_room=1000)
     decision = decide(waiting("fits", adapter_parameters=400), hosts=[warm])
     assert decision.placements == {"fits": "h1"}
     decision = decide(waiting("big", adapter_parameters=401), hosts=[warm])
@@ -62,7 +74,7 @@ def test_schedule_memory_is_deducted_as_places_are_given():
 
 
 def test_schedule_small_job_does_not_take_the_memory_a_large_one_waits_for():
-    warm = host(residents=frozenset({"x"}), adapter_parameters=600, adapter_room=1000)
+    warm = host(residents=residents("x"), adapter_parameters=600, adapter_room=1000)
     big = waiting("big", adapter_parameters=900)
     small = waiting("small", adapter_parameters=1, submitted_at=9.0)
     decision = decide(big, small, hosts=[warm])
@@ -80,12 +92,12 @@ def test_schedule_host_that_has_not_measured_takes_what_has_a_slot():
 
 
 def test_schedule_scoring_needs_no_memory_for_an_adapter():
-    full = host(residents=frozenset({"x"}), adapter_parameters=999, adapter_room=1000)
+    full = host(residents=residents("x"), adapter_parameters=999, adapter_room=1000)
     assert decide(waiting("a", Need.HOST), hosts=[full]).placements == {"a": "h1"}
 
 
 def test_schedule_scoring_needs_no_slot():
-    full = host(slots=1, residents=frozenset({"x"}))
+    full = host(slots=1, residents=residents("x"))
     assert decide(waiting("a", Need.HOST), hosts=[full]).placements == {"a": "h1"}
 
 
@@ -96,7 +108,7 @@ def test_schedule_priority_goes_before_age():
 
 
 def test_schedule_host_opens_with_all_its_ranks_or_not_at_all():
-    busy = host(base="b2", world_size=1, residents=frozenset({"x"}))
+    busy = host(base="b2", world_size=1, residents=residents("x"))
     decision = decide(waiting("a"), hosts=[busy], capacity=Capacity(1, 0))
     assert (decision.start_hosts, decision.refusals) == ((), {"a": Reason.WAITS_FOR_HOST})
 
@@ -108,33 +120,44 @@ def test_schedule_more_ranks_than_the_cluster_has_is_too_large():
 def test_schedule_ranks_are_counted_in_gpus_where_there_are_any():
     first = decide(waiting("a"), capacity=Capacity(cpus=1, gpus=2))
     assert first.placements == {"a": "host-1"}
-    held = host(base="b2", on_gpus=True, residents=frozenset({"x"}))
+    held = host(base="b2", on_gpus=True, residents=residents("x"))
     second = decide(waiting("a"), hosts=[held], capacity=Capacity(cpus=64, gpus=0))
     assert second.refusals == {"a": Reason.WAITS_FOR_HOST}
 
 
-def test_schedule_idle_host_of_another_base_closes_to_make_room():
+def test_schedule_idle_host_of_another_base_gives_way():
     decision = decide(waiting("a"), hosts=[host(base="b2")], bases_to_come=frozenset({"b1", "b2"}))
     assert decision.close_hosts == ("h1",)
-    assert decision.refusals == {"a": Reason.WAITS_FOR_HOST}
+    assert decision.placements == {"a": "host-1"}
+
+
+def test_schedule_no_more_idle_hosts_close_than_have_to():
+    idle = [host("h1", "b2"), host("h2", "b3", world_size=1), host("h3", "b4", world_size=1)]
+    decision = decide(waiting("a"), hosts=idle, bases_to_come=frozenset({"b2", "b3", "b4"}))
+    assert decision.close_hosts == ("h1",)
 
 
 def test_schedule_busy_host_of_another_base_stays():
-    busy = host(base="b2", residents=frozenset({"x"}))
+    busy = host(base="b2", residents=residents("x"))
     assert decide(waiting("a"), hosts=[busy]).close_hosts == ()
 
 
-def test_schedule_room_the_first_job_waits_for_is_not_taken_by_the_next():
-    busy = host(base="b3", residents=frozenset({"x"}))
+def test_schedule_job_that_fits_passes_one_that_does_not_until_that_has_waited_to_the_bound():
+    bound = Policy().most_waiting
+    busy = host(base="b3", residents=residents("x", preempted_at=bound - 1))
     small = waiting("small", base="b2", world_size=1, submitted_at=9.0)
-    decision = decide(waiting("first"), small, hosts=[busy], capacity=Capacity(1, 0))
+    jobs, rest = (waiting("first"), small), {"hosts": [busy], "capacity": Capacity(1, 0)}
+    assert decide(*jobs, **rest, now=10.0).placements == {"small": "host-1"}
+    decision = decide(*jobs, **rest, now=bound)
     assert decision.start_hosts == ()
     assert decision.refusals == {"first": Reason.WAITS_FOR_HOST, "small": Reason.WAITS_FOR_HOST}
 
 
-def test_schedule_idle_host_stays_warm_while_its_base_is_to_come():
-    assert decide(hosts=[host()], bases_to_come=frozenset({"b1"})).close_hosts == ()
-    assert decide(hosts=[host()]).close_hosts == ("h1",)
+def test_schedule_idle_host_stays_warm_for_a_while_or_while_its_base_is_to_come():
+    long, idle = Policy().idle, [host(idle_since=0.0)]
+    assert decide(hosts=idle, bases_to_come=frozenset({"b1"}), now=10 * long).close_hosts == ()
+    assert decide(hosts=idle, now=long - 1).close_hosts == ()
+    assert decide(hosts=idle, now=long).close_hosts == ("h1",)
 
 
 def test_schedule_task_runs_though_ranks_hold_every_cpu():
@@ -151,6 +174,8 @@ def test_schedule_job_whose_parent_did_not_succeed_is_refused_for_good():
 
 
 BASES = ("b1", "b2", "b3")
+TEAMS = ("blue", "red")
+SERVICE = (0.0, 20_000.0, 200_000.0)
 WORLD = {"b1": 1, "b2": 2, "b3": 3}
 jobs = st.builds(
     Waiting,
@@ -163,6 +188,10 @@ jobs = st.builds(
     submitted_at=st.floats(0, 10),
     parents=st.lists(st.sampled_from(Status), max_size=2).map(tuple),
     adapter_parameters=st.integers(1, 5),
+    team=st.sampled_from(TEAMS),
+    attained=st.sampled_from(SERVICE),
+    remaining=st.none() | st.sampled_from(SERVICE),
+    waiting_since=st.none() | st.floats(-90_000, 4000),
 ).map(lambda job: replace(job, world_size=WORLD[job.base]))
 hosts = st.builds(
     HostView,
@@ -170,7 +199,20 @@ hosts = st.builds(
     base=st.sampled_from(BASES),
     world_size=st.just(1),
     slots=st.integers(1, 3),
-    residents=st.integers(0, 3).map(lambda n: frozenset(f"r{i}" for i in range(n))),
+    residents=st.lists(
+        st.builds(
+            Resident,
+            job=st.uuids().map(str),
+            team=st.sampled_from(TEAMS),
+            priority=st.integers(-2, 2),
+            attained=st.sampled_from(SERVICE),
+            remaining=st.none() | st.sampled_from(SERVICE),
+            submitted_at=st.floats(0, 10),
+            preempted_at=st.none() | st.floats(0, 4000),
+            leaving=st.booleans(),
+        ),
+        max_size=3,
+    ).map(tuple),
     visitors=st.integers(0, 1).map(lambda n: frozenset(f"v{i}" for i in range(n))),
     adapter_parameters=st.integers(0, 6),
     adapter_room=st.none() | st.integers(0, 12),
@@ -182,6 +224,15 @@ snapshots = st.builds(
     waiting=st.lists(jobs, max_size=10).map(tuple),
     running_tasks=st.integers(0, 2),
     bases_to_come=st.frozensets(st.sampled_from(BASES)),
+    now=st.floats(4000, 5000),
+    policy=st.builds(
+        Policy,
+        teams=st.dictionaries(
+            st.sampled_from(TEAMS),
+            st.builds(Team, weight=st.floats(0.5, 4.0), quota=st.integers(0, 4)),
+        ),
+    ),
+    usage=st.dictionaries(st.sampled_from(TEAMS), st.floats(0, 1e6)),
 )
 
 
@@ -207,6 +258,7 @@ def test_schedule_any_snapshot_gives_no_slot_rank_or_task_twice(snapshot):
         taken, room = memory.get(name, (0, None))
         assert not seated or room is None or taken + sum(j.adapter_parameters for j in seated) <= room
     ranks = snapshot.capacity.gpus if snapshot.capacity.gpus else snapshot.capacity.cpus
+    ranks += sum(h.world_size for h in snapshot.hosts if h.name in decision.close_hosts)
     assert sum(h.world_size for h in decision.start_hosts) <= ranks
     started = len(decision.start_tasks)
     assert not started or started + snapshot.running_tasks <= max(1, snapshot.capacity.cpus)
@@ -230,16 +282,26 @@ def test_schedule_does_not_depend_on_the_order_of_its_input(snapshot, random):
 
 
 @given(snapshots)
-def test_schedule_never_passes_over_an_older_job_of_the_same_base_and_need(snapshot):
+def test_schedule_preempts_nobody_who_is_leaving_or_was_preempted_lately(snapshot):
     decision = schedule(snapshot)
-    refused: set[tuple[str, Need]] = set()
-    for job in in_order(snapshot.waiting):
-        kind = (job.base, job.need)
+    everyone = {resident.job: resident for host in snapshot.hosts for resident in host.residents}
+    for job, taker in decision.preempt.items():
+        assert not everyone[job].leaving
+        before = everyone[job].preempted_at
+        assert before is None or snapshot.now - before >= snapshot.policy.protection
+        assert decision.refusals[taker] in (Reason.WAITS_FOR_HOST, Reason.WAITS_FOR_SLOT)
+
+
+@given(snapshots)
+def test_schedule_never_passes_over_an_older_job_of_the_same_team_base_and_need(snapshot):
+    decision = schedule(snapshot)
+    refused: set[tuple[str, str, Need]] = set()
+    for job in in_order(snapshot.waiting, snapshot.policy, snapshot.now):
+        kind = (job.team, job.base, job.need)
         if decision.refusals.get(job.job) in (
             Reason.WAITS_FOR_SLOT,
             Reason.WAITS_FOR_MEMORY,
             Reason.WAITS_FOR_HOST,
-            Reason.WAITS_FOR_CPU,
         ):
             refused.add(kind)
         assert job.job not in decision.placements or kind not in refused

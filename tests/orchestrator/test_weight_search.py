@@ -69,6 +69,11 @@ def test_search_is_another_one_when_what_bears_on_it_changes(folder: Path, chang
         ({"floors": {**FLOORS, "support.perplexity": 0.9}}, "give the task 'support' one metric"),
         ({"floors": {**FLOORS, "suport.loss": 0.9}}, "did you mean 'support.loss'"),
         ({"floors": {**FLOORS, "support.chrf": 0.9}}, "support.chrf needs replies"),
+        (
+            {"groups": ["self_attn", "mpl"]},
+            "fuse.search.groups: no module that is fused has 'mpl' in its name",
+        ),
+        ({"groups": ["proj", "mlp"]}, "fuse.search.groups: 'mlp' is left no module by the groups before it"),
         ({"trials": 1}, "fuse.search.trials should be greater than or equal to 2"),
     ],
 )
@@ -118,3 +123,25 @@ def test_search_is_drawn_as_a_picture_of_its_trials(tmp_path: Path) -> None:
     table = {"floors": dict.fromkeys(keys, 0.9), "best": 2, "trials": trials}
     fusion_plots({"search": table}, tmp_path)
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_search_whose_host_is_lost_is_asked_for_again_with_its_table(world: World) -> None:  # noqa: F811
+    world.submit(finance(), support(), **fuse(rule="cat", search=SEARCH))
+    world.run(on_tick=lambda: _lose_the_host_of_a_search(world))
+    assert set(world.statuses().values()) == {Status.SUCCEEDED}, world.words()
+    first, second = world.cluster.asked("SearchWeights")
+    assert (first.search.trials_dir, first.request) == (second.search.trials_dir, second.request)
+    assert world.job("fused").attempt == 2
+
+
+def _lose_the_host_of_a_search(world: World) -> None:  # noqa: F811
+    """At its next poll, which would have brought the search's end."""
+    if not world.faults.lose_at and world.cluster.asked("SearchWeights"):
+        world.faults.lose_at = {world.cluster.polls + 1}
+
+
+def test_fusion_plots_draw_the_certificate_of_a_fusion(tmp_path: Path) -> None:
+    report = {"cosines": [[1.0, -0.2], [-0.2, 1.0]], "spectrum": [3.0, 1.0, 0.0]}
+    fusion_plots({**report, "summary": {"effective_rank": 1.8}}, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["similarity.png", "spectrum.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())

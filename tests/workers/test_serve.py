@@ -73,6 +73,7 @@ class WrittenHost:
 
     def close(self):
         self.story.append("close")
+        return [Detached("saved at last", 1, 0)]
 
 
 def run(host, mail, ranks=None):
@@ -96,6 +97,7 @@ def test_serve_close_ends_loop_and_leaves_later_commands():
         mail.submit(command)
     run(host, mail)
     assert host.story == ["a", "close"]
+    assert mail.poll(0).events[-1] == Detached("saved at last", 1, 0)
 
 
 def test_serve_two_ranks_apply_the_same_commands_between_the_same_ticks():

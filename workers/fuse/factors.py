@@ -19,6 +19,9 @@ class Factors(NamedTuple):
     a: Tensor
     b: Tensor
 
+    def to(self, dtype: torch.dtype) -> Factors:
+        return Factors(self.a.to(dtype), self.b.to(dtype))
+
 
 class Core(NamedTuple):
     """`left @ middle @ right.T`, with orthonormal columns left [M, C] and right [N, D]; middle [C, D]."""
@@ -38,9 +41,15 @@ class Svd(NamedTuple):
 
 def core(factors: Factors) -> Core:
     """QR of B and of A^T with their small product between: a lossless change of basis (arXiv 2509.17786)."""
-    left, r_b = torch.linalg.qr(factors.b)
-    right, r_a = torch.linalg.qr(factors.a.T)
+    left, r_b = _side(factors.b)
+    right, r_a = _side(factors.a.T)
     return Core(left, r_b @ r_a.T, right)
+
+
+def _side(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Q and R; what is no higher than wide is its own R."""
+    m, k = columns.shape
+    return torch.linalg.qr(columns) if m > k else (torch.eye(m, dtype=columns.dtype), columns)
 
 
 def svd(factors: Factors) -> Svd:
@@ -63,11 +72,14 @@ def inner(one: Factors, other: Factors) -> float:
 
 
 @contextmanager
-def one_thread() -> Generator[None]:
-    """LAPACK's last digits depend on the number of threads: with one, equal inputs give equal bytes."""
+def one_thread() -> Generator[int]:
+    """LAPACK's last digits depend on the number of threads: with one, equal inputs give equal bytes.
+
+    Yields how many there were.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        yield threads
     finally:
         torch.set_num_threads(threads)

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from workers.adapter import Adapter, adapter_digests, read_adapter, write_adapter
-from workers.fuse.factors import Factors, one_thread
-from workers.fuse.normal import Module, adapter_of, common_targets, modules, output_dtype
-from workers.fuse.report import REPORT, ModuleReport, Overlap, as_json, clamped, module_report, summary
-from workers.fuse.rule import Options
-from workers.fuse.rules import checked_rule
-from workers.manifest import MANIFEST, json_digest, publish_folder, read_manifest, verify_folder
-from workers.types import BadInput, FuseTask
+from torch import Tensor
 
+from workers.adapter import Adapter, adapter_digests, read_adapter, write_adapter
+from workers.fuse.certificate import ModuleReport, module_report
+from workers.fuse.cut import cut
+from workers.fuse.factors import Factors, one_thread
+from workers.fuse.grams import gram_of
+from workers.fuse.in_turn import in_turn
+from workers.fuse.normal import Module, adapter_of, common_targets, modules, output_dtype
+from workers.fuse.reduced import reduced
+from workers.fuse.report import REPORT, Overlap, Spectrum, as_json, clamped, inner_products, summary
+from workers.fuse.rule import Options
+from workers.fuse.rules import RULES
+from workers.manifest import MANIFEST, json_digest, publish_folder, read_manifest, verify_folder
+from workers.rules import as_given, check_plan, check_weights
+from workers.types import BadInput, FuseTask, RuleOptions
+
+PLAIN = RuleOptions()
 Groups = Sequence[tuple[str, Sequence[float]]]
 
 
@@ -27,38 +36,69 @@ def fuse(
     rank: int | None = None,
     names: Sequence[str] | None = None,
     groups: Groups = (),
+    options: RuleOptions = PLAIN,
+    folders: Sequence[Path] = (),
 ) -> tuple[Adapter, dict[str, Any]]:
     """One adapter for all, and the report. `names` say in errors which adapter is meant.
 
-    `groups` give modules other weights than `weights`: see `FuseTask`.
+    `groups` give modules other weights than `weights`: see `FuseTask`. `folders` are where rule `regmean`
+    finds the adapters' Gram matrices.
 
     Raises BadInput for a plan or adapters that do not fit together: another base, other shapes, NaN.
     """
-    options = Options(rank)
-    apply = checked_rule(rule, options, weights, len(adapters)).apply
+    check_plan(rule, rank, options)
+    for given in (weights, *(found for _, found in groups)):
+        check_weights(rule, given, len(adapters))
+    asked, limit = Options(**asdict(options), rank=rank), rank or options.bucket
     names = names or [f"adapter {i + 1}" for i in range(len(adapters))]
+    dtype = output_dtype(adapters)
     fused: dict[str, Factors] = {}
     reports: dict[str, ModuleReport] = {}
-    overlap = Overlap(len(adapters))
-    with one_thread():
-        for plain in modules(adapters, weights, names):
-            module = _in_group(plain, groups)
-            result = apply(module, options)
-            fused[module.name] = result.factors
-            reports[module.name] = module_report(module, result)
-            overlap.add(module.shares)
+    overlap, spectra = Overlap(len(adapters)), Spectrum()
+    with one_thread() as threads:
+        plain = modules(adapters, weights, names)
+        for done in in_turn(plain, lambda module: _one(module, rule, asked, groups, folders), threads):
+            fused[done.name] = done.factors.to(dtype)
+            reports[done.name] = done.report
+            spectra.add(done.spectrum)
+            overlap.add(done.inner)
     base_model = next((adapter.base_model for adapter in adapters if adapter.base_model), "")
     report = {
         "rule": rule,
         "rank": rank,
         "weights": list(weights),
         **({"groups": dict(groups)} if groups else {}),
-        "notes": clamped(rank, reports),
+        **({"options": as_given(options)} if as_given(options) else {}),
+        "notes": clamped(limit, reports),
         "summary": summary(reports),
         "cosines": overlap.cosines(),
+        "spectrum": spectra.values(),
         "modules": as_json(reports),
     }
-    return adapter_of(fused, base_model, common_targets(adapters), output_dtype(adapters)), report
+    return adapter_of(fused, base_model, common_targets(adapters), dtype), report
+
+
+@dataclass(frozen=True)
+class _Done:
+    """One module's result and figures."""
+
+    name: str
+    factors: Factors
+    report: ModuleReport
+    spectrum: Tensor
+    inner: list[list[float]]
+
+
+def _one(plain: Module, rule: str, asked: Options, groups: Groups, folders: Sequence[Path]) -> _Done:
+    whole = _in_group(plain, groups)
+    if rule == "regmean":
+        whole = replace(whole, grams=tuple(gram_of(folder, whole.name) for folder in folders))
+    small = reduced(whole)
+    used = small.module if RULES[rule].rotates else whole
+    result = cut(_scaled(RULES[rule].apply(used, asked), asked.scale), asked)
+    report, spectrum = module_report(whole, used, result)
+    factors = small.back(result.factors) if used is small.module else result.factors
+    return _Done(whole.name, factors, report, spectrum, inner_products(small.module.shares))
 
 
 def fuse_folders(task: FuseTask) -> dict[str, Any]:
@@ -72,16 +112,25 @@ def fuse_folders(task: FuseTask) -> dict[str, Any]:
     base_digest = _common_base(folders, adapters)
     sources = [adapter_digests(folder) for folder in folders]
     weights = [float(weight) for weight in task.weights]
-    plan = json_digest([task.rule, task.rank, weights, sources, *task.groups])
+    options = as_given(task.options)
+    plan = json_digest(
+        [task.rule, task.rank, weights, sources, *task.groups, *([options] if options else [])]
+    )
     out = Path(task.out_dir)
     if out.exists():
         return _done_before(out, plan)
-    fused, report = fuse(adapters, weights, task.rule, task.rank, task.adapter_dirs, task.groups)
+    fused, report = fuse(
+        adapters, weights, task.rule, task.rank, task.adapter_dirs, task.groups, task.options, folders
+    )
     report["sources"] = sources
     with publish_folder(out, {"plan": plan, **base_digest}) as scratch:
         write_adapter(fused, scratch)
         (scratch / REPORT).write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
     return report
+
+
+def _scaled(factors: Factors, scale: float | None) -> Factors:
+    return factors if scale is None else Factors(scale * factors.a, factors.b)
 
 
 def _in_group(module: Module, groups: Groups) -> Module:

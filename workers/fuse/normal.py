@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from workers.adapter import Adapter, check_finite
 from workers.fuse.factors import Factors
@@ -26,6 +27,8 @@ class Module:
     name: str
     shares: tuple[Factors, ...]
     weights: tuple[float, ...]
+    grams: tuple[Tensor | None, ...] = ()
+    """X_i^T X_i [N, N] of the inputs that adapter i was trained on; read only for rule `regmean`."""
 
     @property
     def rank(self) -> int:
@@ -69,6 +72,7 @@ def adapter_of(
     `r` is the largest rank and `lora_alpha` equals the rank in every module, so that the scaling is 1 both
     for PEFT, which reads `rank_pattern` and `alpha_pattern`, and for servers that read only `lora_alpha / r`.
     """
+    fused = {name: _of_some_rank(factors) for name, factors in fused.items()}
     ranks = {name: factors.a.shape[0] for name, factors in fused.items()}
     r = max(ranks.values())
     return Adapter(
@@ -79,6 +83,12 @@ def adapter_of(
         base_model=base_model,
         target_modules=target_modules,
     )
+
+
+def _of_some_rank(factors: Factors) -> Factors:
+    """A module that nothing is left of is written at rank 1, as zeros: no reader takes rank 0."""
+    a, b = factors
+    return factors if a.shape[0] else Factors(a.new_zeros(1, a.shape[1]), b.new_zeros(b.shape[0], 1))
 
 
 def output_dtype(adapters: Sequence[Adapter]) -> torch.dtype:

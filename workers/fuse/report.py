@@ -4,32 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from itertools import zip_longest
 from typing import Any
 
-from workers.fuse.factors import Factors, inner, norm
-from workers.fuse.normal import Module
-from workers.fuse.rule import Fused
+from torch import Tensor
+
+from workers.fuse.certificate import ModuleReport
+from workers.fuse.factors import Factors, inner
 
 REPORT = "fusion.json"
-
-
-@dataclass(frozen=True)
-class ModuleReport:
-    """One module before and after. Norms are Frobenius norms of the delta added to the base weight."""
-
-    rank: int
-    discarded_energy: float
-    """sqrt(sum_{i>R} s_i^2 / sum_i s_i^2), from 0 to 1."""
-    norm_before: float
-    """Of the exact weighted sum."""
-    norm_after: float
-
-
-def module_report(module: Module, fused: Fused) -> ModuleReport:
-    rank = fused.factors.a.shape[0]
-    before = norm(module.stacked())
-    return ModuleReport(rank, fused.discarded_energy, before, norm(fused.factors))
 
 
 class Overlap:
@@ -38,10 +22,10 @@ class Overlap:
     def __init__(self, adapters: int) -> None:
         self.gram = [[0.0] * adapters for _ in range(adapters)]
 
-    def add(self, shares: Sequence[Factors]) -> None:
-        for i, one in enumerate(shares):
-            for j, other in enumerate(shares):
-                self.gram[i][j] += inner(one, other)
+    def add(self, inner: Sequence[Sequence[float]]) -> None:
+        self.gram = [
+            [x + y for x, y in zip(*rows, strict=True)] for rows in zip(self.gram, inner, strict=True)
+        ]
 
     def cosines(self) -> list[list[float]]:
         """Cosine of every two adapters as one long vector each; 0 beside an adapter that adds nothing."""
@@ -53,15 +37,41 @@ class Overlap:
         ]
 
 
+def inner_products(shares: Sequence[Factors]) -> list[list[float]]:
+    """<D_i, D_j> of one module for every two adapters."""
+    return [[inner(one, other) for other in shares] for one in shares]
+
+
+class Spectrum:
+    """Running sum over modules of s_j^2: what the whole adapter has in its j-th directions."""
+
+    def __init__(self) -> None:
+        self._squares: list[float] = []
+
+    def add(self, spectrum: Tensor) -> None:
+        squares = [float(value) for value in spectrum.square()]
+        longer, shorter = sorted((self._squares, squares), key=len, reverse=True)
+        self._squares = [x + y for x, y in zip_longest(longer, shorter, fillvalue=0.0)]
+
+    def values(self) -> list[float]:
+        return [math.sqrt(square) for square in self._squares]
+
+
 def summary(reports: Mapping[str, ModuleReport]) -> dict[str, float]:
-    """The same figures over the whole adapter, every module's energy counted."""
-    total = math.fsum(report.norm_before**2 for report in reports.values())
-    lost = math.fsum((report.discarded_energy * report.norm_before) ** 2 for report in reports.values())
-    after = math.fsum(report.norm_after**2 for report in reports.values())
+    """The same figures over the whole adapter: energies add up, the others are means over modules."""
+    every = list(reports.values())
+    total = math.fsum(report.norm_before**2 for report in every)
+    error = math.sqrt(math.fsum(report.error**2 for report in every))
+    after = math.fsum(report.norm_after**2 for report in every)
+    whole = math.sqrt(after + error**2)
+    means = ("effective_rank", "column_overlap", "row_overlap", "sign_conflict")
     return {
-        "discarded_energy": math.sqrt(lost / total) if total else 0.0,
+        "discarded_energy": error / whole if whole else 0.0,
+        "error": error,
+        "spectral_error": max(report.spectral_error for report in every),
         "norm_before": math.sqrt(total),
         "norm_after": math.sqrt(after),
+        **{key: math.fsum(getattr(report, key) for report in every) / len(every) for key in means},
     }
 
 

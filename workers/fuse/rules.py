@@ -1,43 +1,54 @@
-"""The table of fusion rules, and the check of a plan against it."""
+"""What computes each rule of the table in `workers.rules`."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from difflib import get_close_matches
-
+from workers.fuse.breadcrumbs import breadcrumbs
 from workers.fuse.cat import cat
+from workers.fuse.core import core
+from workers.fuse.dare import dare, dare_ties, dare_ties_mergekit, dare_ties_peft
+from workers.fuse.della import della, della_linear, della_mergekit
+from workers.fuse.iso import iso_c, iso_c_paper, iso_cts
 from workers.fuse.random import random
-from workers.fuse.rule import Options, Rule
-from workers.fuse.svd import truncated_svd
-from workers.types import BadInput
+from workers.fuse.regmean import regmean
+from workers.fuse.rule import Apply, Rule
+from workers.fuse.spaces import in_core, in_knots, on_dense
+from workers.fuse.ties import ties, ties_mergekit, ties_peft
+from workers.fuse.tsv import tsv
+from workers.rules import ROWS
 
-RULES: dict[str, Rule] = {
-    "cat": Rule(cat, takes_rank=False, words="exact weighted sum, at the sum of the ranks"),
-    "random": Rule(random, takes_rank=False, words="a control: random, of the weighted sum's norms"),
-    "svd": Rule(truncated_svd, takes_rank=True, words="best approximation of the weighted sum at a rank"),
+_APPLY: dict[str, Apply] = {
+    "cat": cat,
+    "svd": cat,
+    "core": core,
+    "ties": in_core(ties),
+    "ties_peft": in_core(ties_peft),
+    "ties_mergekit": in_core(ties_mergekit),
+    "ties_dense": on_dense(ties),
+    "dare": in_core(dare),
+    "dare_ties": in_core(dare_ties),
+    "dare_ties_peft": in_core(dare_ties_peft),
+    "dare_ties_mergekit": in_core(dare_ties_mergekit),
+    "dare_dense": on_dense(dare),
+    "della": in_core(della),
+    "della_linear": in_core(della_linear),
+    "della_mergekit": in_core(della_mergekit),
+    "della_dense": on_dense(della),
+    "breadcrumbs": in_core(breadcrumbs),
+    "breadcrumbs_dense": on_dense(breadcrumbs),
+    "knots": in_knots(ties),
+    "knots_dare": in_knots(dare),
+    "tsv": tsv,
+    "iso_c": iso_c,
+    "iso_c_paper": iso_c_paper,
+    "iso_cts": iso_cts,
+    "regmean": regmean,
+    "random": random,
 }
-
-
-def checked_rule(name: str, options: Options, weights: Sequence[float], adapters: int) -> Rule:
-    """The row of `name`, if the plan fits it. Raises BadInput with what to write instead."""
-    if name not in RULES:
-        nearest = get_close_matches(name, RULES, n=1, cutoff=0.0)[0]
-        raise BadInput(f"fuse: rule '{name}' is unknown; did you mean '{nearest}'? ({', '.join(RULES)})")
-    if adapters == 0:
-        raise BadInput("fuse: no adapter is given; name at least one")
-    if len(weights) != adapters:
-        raise BadInput(f"fuse: {len(weights)} weights for {adapters} adapters; give one weight an adapter")
-    for weight in weights:
-        if not math.isfinite(weight):
-            raise BadInput(f"fuse: weight {weight} is not a finite number")
-    _check_rank(name, options.rank)
-    return RULES[name]
-
-
-def _check_rank(name: str, rank: int | None) -> None:
-    takes_rank = RULES[name].takes_rank
-    if takes_rank and (rank is None or rank < 1):
-        raise BadInput(f"fuse: rule '{name}' needs a rank of 1 or more, not {rank}")
-    if not takes_rank and rank is not None:
-        raise BadInput(f"fuse: rule '{name}' takes no rank; leave out rank: {rank}, or use rule 'svd'")
+_ENTRIES = frozenset(
+    {"ties_dense", "dare_dense", "della_dense", "breadcrumbs_dense", "knots", "knots_dare"}
+    | {"iso_c_paper", "regmean", "random"}
+)
+"""Work on entries, inputs or sizes of the whole module, so that it may not be turned before."""
+RULES: dict[str, Rule] = {
+    name: Rule(_APPLY[name], row, rotates=name not in _ENTRIES) for name, row in ROWS.items()
+}

@@ -1,0 +1,91 @@
+"""Weighted fair share between teams, with quotas that can be borrowed and reclaimed. Pure arithmetic.
+
+A team's share is what it holds plus what it has lately held, over its weight. What it holds counts from the
+moment of admission, so a burst of submissions cannot outrun accounting (the entry penalty of Kueue's
+admission fair sharing); what it held counts half after every `half_life` (Slurm's decayed usage). A team
+within its quota stands before all that borrow, and only those that borrow can be made to give back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TypeAlias
+
+from orchestrator.policy import Policy
+
+Share: TypeAlias = tuple[int, float]
+"""(0 within its quota, 1 beyond; ranks over weight). The lower one goes first."""
+
+_ROUNDING = 1e-9
+
+
+class Shares:
+    """What each team holds on the scratch copy of the cluster; charged and refunded as places are given."""
+
+    def __init__(self, policy: Policy, usage: Mapping[str, float]) -> None:
+        self._policy = policy
+        self._past = {team: past_ranks(seconds, policy.half_life) for team, seconds in usage.items()}
+        self._held: dict[str, float] = {}
+
+    def charge(self, team: str, ranks: float) -> None:
+        self._held[team] = self._held.get(team, 0.0) + ranks
+
+    def held(self, team: str) -> float:
+        """Ranks it holds now."""
+        return self._held.get(team, 0.0)
+
+    def share(self, team: str, more: float = 0.0) -> Share:
+        """A team's share if it held `more` ranks than it does."""
+        claim = self._policy.team(team)
+        ranks = self.held(team) + more
+        beyond = ranks - claim.quota
+        past = self._past.get(team, 0.0)
+        if beyond <= _ROUNDING:
+            return 0, (past + ranks) / claim.weight
+        return 1, (max(past - claim.quota, 0.0) + beyond) / claim.weight
+
+    def may_reclaim(self, taker: str, ranks: float, giver: str, *, aged: bool = False) -> bool:
+        """Whether a job of `taker` may have a resident of `giver` preempted.
+
+        Kueue's rule (fair sharing, LessThanInitialShare): the giver borrows, and the taker's share after
+        admission is below the giver's before it gives. Every such exchange lowers the sorted list of shares,
+        so no chain of them comes back to where it began. A job that has waited to the bound is compared
+        without what it asks for: else one larger than its team's share would wait for ever.
+        """
+        given = self.share(giver)
+        taken = self.share(taker, 0.0 if aged else ranks)
+        return given[0] == 1 and _below(taken, given)
+
+
+def _below(one: Share, other: Share) -> bool:
+    return one[0] < other[0] or (one[0] == other[0] and one[1] < other[1] - _ROUNDING)
+
+
+def past_ranks(usage: float, half_life: float) -> float:
+    """Decayed rank-seconds as ranks: what a team that always held so many would show."""
+    return usage * math.log(2) / half_life
+
+
+def decayed(usage: Mapping[str, float], seconds: float, half_life: float) -> dict[str, float]:
+    """Every team's usage `seconds` later."""
+    factor = 0.5 ** (max(seconds, 0.0) / half_life)
+    return {team: value * factor for team, value in usage.items() if value * factor > _ROUNDING}
+
+
+def grown(
+    usage: Mapping[str, float], held: Mapping[str, float], seconds: float, half_life: float
+) -> dict[str, float]:
+    """Usage after `seconds` more in which each team held so many ranks. A clock set back counts nothing."""
+    past = decayed(usage, seconds, half_life)
+    rate = half_life / math.log(2) * (1 - 0.5 ** (max(seconds, 0.0) / half_life))
+    for team, ranks in held.items():
+        past[team] = past.get(team, 0.0) + ranks * rate
+    return past
+
+
+def jain(shares: Iterable[float]) -> float:
+    """Jain's index (Jain, Chiu, Hawe 1984): 1 when all are equal, 1/n when one has all."""
+    values = list(shares)
+    squares = sum(value * value for value in values)
+    return sum(values) ** 2 / (len(values) * squares) if squares > 0 else 1.0

@@ -1,0 +1,259 @@
+"""Fusion in factors against the dense way, each in a fresh process; and in the shape of an 8B model.
+
+    python -m tests.bench.fusion svd      4 adapters of rank 16 against PEFT's `svd`
+    python -m tests.bench.fusion knots    6 adapters of rank 16 against the dense computation
+    python -m tests.bench.fusion model    8 adapters of rank 64, 224 modules, from files to a file
+
+`--small` tries the script at small shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.adapters import random_adapter
+from tests.bench.__main__ import RESULTS
+from tests.bench.record import Bars, Machine, Outcome, Table, Target, write
+from workers.adapter import Adapter, read_adapter, write_adapter
+from workers.fuse import fuse
+from workers.fuse.factors import Factors
+from workers.fuse.factors import svd as factor_svd
+from workers.fuse.rule import Options
+from workers.fuse.ties import ties
+from workers.task import run
+from workers.types import FuseTask, RuleOptions
+
+MIB = 2**20
+SMALL = 8
+"""By what `--small` divides sizes."""
+
+
+# ---- measuring in a process of its own ------------------------------------------------------------------
+
+
+def measured(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float, float]:
+    """What `work` returned, its seconds, and by how many MiB it raised the peak of its own fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measure, (work, arguments))
+
+
+def _measure(work: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, float, float]:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    prepared = work(*arguments)
+    before, start = _peak(), time.perf_counter()
+    result = prepared()
+    return result, time.perf_counter() - start, _peak() - before
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def adapters(count: int, rank: int, m: int, n: int) -> list[Adapter]:
+    return [
+        random_adapter(seed, r=rank, lora_alpha=2 * rank, shapes={"layer": (m, n)}) for seed in range(count)
+    ]
+
+
+# ---- svd against PEFT -------------------------------------------------------------------------------------
+
+
+def ours_svd(rank: int, m: int, n: int) -> Callable[[], list[float]]:
+    parts = adapters(4, rank, m, n)
+    fuse(adapters(2, 2, 64, 64), [1.0, 1.0], "svd", 2)  # the libraries' first call
+
+    def work() -> list[float]:
+        fused, _ = fuse(parts, [1.0, 0.5, 0.7, -0.4], "svd", rank)
+        a, b = fused.factors["layer"]
+        return factor_svd(Factors(a.double(), b.double())).s.tolist()
+
+    return work
+
+
+def peft_svd(rank: int, m: int, n: int) -> Callable[[], list[float]]:
+    from peft import LoraConfig, get_peft_model
+
+    parts = adapters(4, rank, m, n)
+    base = torch.nn.ModuleDict({"layer": torch.nn.Linear(n, m, bias=False)})
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["layer"])
+    model = get_peft_model(base, config, adapter_name="0")
+    for i in range(1, 4):
+        model.add_adapter(str(i), config)
+    layer: Any = base["layer"] if hasattr(base["layer"], "lora_A") else model.base_model.model["layer"]
+    with torch.no_grad():
+        for i, part in enumerate(parts):
+            a, b = part.factors["layer"]
+            layer.lora_A[str(i)].weight.copy_(a)
+            layer.lora_B[str(i)].weight.copy_(b)
+
+    def work() -> list[float]:
+        names, weights = ["0", "1", "2", "3"], [1.0, 0.5, 0.7, -0.4]
+        model.add_weighted_adapter(names, weights, "all", combination_type="svd", svd_rank=rank)
+        a, b = (side["all"].weight.detach().double() for side in (layer.lora_A, layer.lora_B))
+        return factor_svd(Factors(a, b)).s.tolist()
+
+    return work
+
+
+def svd(small: bool) -> Outcome:
+    rows, targets, bars = [], [], {}
+    for (m, n), faster in {(4096, 4096): 300.0, (4096, 14336): 1000.0}.items():
+        m, n = (m // SMALL, n // SMALL) if small else (m, n)
+        rank, shape = 16, f"{m}x{n}"
+        theirs, slow, wide = measured(peft_svd, rank, m, n)
+        own = [measured(ours_svd, rank, m, n) for _ in range(3)]
+        fast, narrow = sorted(time for _, time, _ in own)[1], max(memory for _, _, memory in own)
+        apart = max(abs(x - y) for x, y in zip(own[0][0], theirs, strict=True)) / theirs[0]
+        rows.append([shape, f"{slow:.2f}", f"{fast:.4f}", f"{wide:.0f}", f"{narrow:.0f}", f"{apart:.1e}"])
+        bars |= {f"{shape}: PEFT": slow, f"{shape}: ours": fast}
+        targets += [
+            Target(f"{shape}: times faster than PEFT", slow / fast, faster),
+            Target(f"{shape}: times less memory", wide / max(narrow, 1.0), 20.0),
+            Target(f"{shape}: singular values apart, of the largest", apart, 1e-6, at_least=False),
+        ]
+    header = ("shape", "PEFT, s", "ours, s", "PEFT, MiB", "ours, MiB", "singular values apart")
+    table = Table("4 adapters of rank 16 to rank 16", header, rows)
+    notes = (
+        "Each measurement in a fresh process with all cores; memory is what the call added to the peak of "
+        "the resident set. Ours is `fuse`, with its certificate, the middle of three.",
+    )
+    return Outcome(
+        "fusion-svd", "Truncated SVD in factors and in PEFT", [table], targets, Bars(bars, "seconds"), notes
+    )
+
+
+# ---- KnOTS against the dense computation ------------------------------------------------------------------
+
+
+WEIGHTS = (1.0, 0.5, 0.7, 1.0, 0.3, 0.8)
+
+
+def ours_knots(rank: int, m: int, n: int) -> Callable[[], list[list[float]]]:
+    parts = adapters(6, rank, m, n)
+    fuse(adapters(2, 2, 64, 64), [1.0, 1.0], "knots", 2)
+
+    def work() -> tuple[Any, Any]:
+        fused, _ = fuse(parts, WEIGHTS, "knots", options=RuleOptions(density=0.3))
+        a, b = fused.factors["layer"]
+        return a.numpy(), b.numpy()
+
+    return work
+
+
+def dense_knots(rank: int, m: int, n: int) -> Callable[[], Any]:
+    parts = adapters(6, rank, m, n)
+
+    def work() -> Any:
+        whole = []
+        for part in parts:
+            a, b = part.factors["layer"]
+            whole.append(part.scaling("layer") * (b.double() @ a.double()))
+        u, s, vh = torch.linalg.svd(torch.cat(whole, dim=1), full_matrices=False)
+        k = int((s > 1e-10 * s[0]).sum())
+        rights = torch.stack(vh[:k].split(n, dim=1))
+        best = ties(rights, torch.tensor(WEIGHTS, dtype=torch.float64), Options(density=0.3), 0)
+        return ((u[:, :k] * s[:k]) @ best).numpy()
+
+    return work
+
+
+def knots(small: bool) -> Outcome:
+    size = 4096 // SMALL if small else 4096
+    dense, slow, wide = measured(dense_knots, 16, size, size)
+    (a, b), fast, narrow = min(
+        (measured(ours_knots, 16, size, size) for _ in range(3)), key=lambda one: one[1]
+    )
+    exact = torch.from_numpy(dense)
+    found = torch.from_numpy(b).double() @ torch.from_numpy(a).double()
+    apart = float(torch.linalg.matrix_norm(found - exact) / torch.linalg.matrix_norm(exact))
+    targets = [
+        Target("times faster than dense", slow / fast, 1000.0),
+        Target("relative Frobenius distance", apart, 1e-6, at_least=False),
+    ]
+    rows = [["dense, float64", f"{slow:.2f}", f"{wide:.0f}"], ["ours", f"{fast:.4f}", f"{narrow:.0f}"]]
+    table = Table(f"KnOTS-TIES, 6 adapters of rank 16, {size}x{size}", ("", "s", "MiB"), rows)
+    bars = Bars({"dense": slow, "ours": fast}, "seconds")
+    notes = (
+        "Each in a fresh process with all cores. Ours is `fuse`, with its certificate, the best of three.",
+    )
+    return Outcome("fusion-knots", "KnOTS in factors and dense", [table], targets, bars, notes)
+
+
+# ---- an 8B model's shape ----------------------------------------------------------------------------------
+
+
+def llama_8b(layers: int, divide: int) -> dict[str, tuple[int, int]]:
+    h, kv, wide = 4096 // divide, 1024 // divide, 14336 // divide
+    shapes = {"self_attn.q_proj": (h, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h)}
+    shapes |= {"self_attn.o_proj": (h, h), "mlp.gate_proj": (wide, h), "mlp.up_proj": (wide, h)}
+    shapes |= {"mlp.down_proj": (h, wide)}
+    return {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in shapes.items()}
+
+
+def fuse_files(folders: tuple[str, ...], rule: str, rank: int | None, out: str) -> Callable[[], None]:
+    def work() -> None:
+        run(FuseTask(folders, (1.0,) * len(folders), rule, rank, out))
+
+    return work
+
+
+def model(small: bool, rules: Sequence[str]) -> Outcome:
+    layers, divide, rank = (2, 16, 8) if small else (32, 1, 64)
+    shapes = llama_8b(layers, divide)
+    rows, targets, bars = [], [], {}
+    with tempfile.TemporaryDirectory(prefix="fusion-") as scratch:
+        folders = tuple(str(Path(scratch) / str(i)) for i in range(8))
+        for i, folder in enumerate(folders):
+            Path(folder).mkdir()
+            adapter = random_adapter(i, r=rank, shapes=shapes, dtype=torch.bfloat16, base_model="8b")
+            write_adapter(adapter, Path(folder))
+        for rule in rules:
+            out = str(Path(scratch) / rule)
+            _, seconds, memory = measured(fuse_files, folders, rule, rank, out)
+            written = len(read_adapter(Path(out)).factors)
+            rows.append([rule, written, f"{seconds:.1f}", f"{memory:.0f}"])
+            bars[rule] = seconds
+            targets += [
+                Target(f"{rule}: seconds", seconds, 60.0, at_least=False),
+                Target(f"{rule}: peak of the resident set, MiB", memory, 3 * 1024, at_least=False),
+            ]
+    header = ("rule", "modules", "s", "MiB added to the peak")
+    table = Table(f"8 adapters of rank {rank} to rank {rank}, bfloat16 files to a float32 file", header, rows)
+    notes = ("From `run(FuseTask)` to the published folder: digests, reading, fusion, certificate, writing.",)
+    return Outcome(
+        "fusion-model", "Fusion in the shape of an 8B model", [table], targets, Bars(bars, "seconds"), notes
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.fusion", description=__doc__)
+    parser.add_argument("case", choices=("svd", "knots", "model"))
+    parser.add_argument("--rules", nargs="+", default=["svd", "ties", "tsv"], help="case model only")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    asked = parser.parse_args(arguments)
+    machine = Machine.read()
+    if asked.case == "model":
+        found = model(asked.small, asked.rules)
+    else:
+        found = {"svd": svd, "knots": knots}[asked.case](asked.small)
+    command = ["python", "-m", "tests.bench.fusion", *arguments]
+    print(write(found, machine, asked.out, command, asked.small).read_text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,20 @@
+"""What computes runs where torch, transformers and PEFT's files are: no Ray, no MLflow, no pydantic."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+WITHOUT = """
+import sys
+for name in ("ray", "mlflow", "pydantic", "sqlalchemy", "deepspeed"):
+    sys.modules[name] = None
+import workers.host, workers.serve
+"""
+
+
+def test_imports_of_a_host_need_no_ray_mlflow_or_pydantic():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,51 @@
+"""One module in the coordinates of its adapters' joint spaces: small, and the same to a rule that rotates.
+
+Legend: M out_features, N in_features, K sum of the adapters' ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from workers.fuse.factors import Factors
+from workers.fuse.normal import Module
+
+WELL = 1e-5
+"""R's smallest diagonal entry over its largest, from which on B R^-1 is orthonormal to some 1e-11."""
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """`module` has the shares R_b,i R_a,i^T of D_i = Q_b R_b,i R_a,i^T Q_a^T; `back` turns a result."""
+
+    module: Module
+    left: Callable[[Tensor], Tensor]
+    right: Callable[[Tensor], Tensor]
+
+    def back(self, factors: Factors) -> Factors:
+        return Factors(self.right(factors.a.T).T, self.left(factors.b))
+
+
+def reduced(module: Module) -> Reduced:
+    """QR of [B_i] and of [A_i^T], without their Q: once, O((M + N) K^2), and all that follows is O(K^3)."""
+    ranks = [share.a.shape[0] for share in module.shares]
+    low_b, left = _side(torch.cat([share.b for share in module.shares], dim=1))
+    low_a, right = _side(torch.cat([share.a for share in module.shares]).T)
+    shares = zip(low_a.T.split(ranks), low_b.split(ranks, dim=1), strict=True)
+    return Reduced(replace(module, shares=tuple(Factors(a, b) for a, b in shares)), left, right)
+
+
+def _side(columns: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """R and the map x -> Q x; as B (R^-1 x) where B's columns are far from dependent."""
+    if columns.shape[0] <= columns.shape[1]:
+        return columns, lambda x: x
+    r = torch.linalg.qr(columns, mode="r")[1]
+    diagonal = r.diagonal().abs()
+    if float(diagonal.min()) > WELL * float(diagonal.max()):
+        return r, lambda x: columns @ torch.linalg.solve_triangular(r, x, upper=True)
+    q, r = torch.linalg.qr(columns)
+    return r, lambda x: q @ x

@@ -1,0 +1,81 @@
+"""Spaces that all adapters of one module share: small exact coordinates for rules that work entry by entry.
+
+Legend: M out_features, N in_features, T adapters, C and D columns of the shared bases (at most the sum of
+ranks).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from workers.fuse.factors import Factors, Svd, svd
+from workers.fuse.normal import Module
+
+NULL = 1e-12
+"""A singular value below this share of the largest is rounding."""
+
+
+class Shared(NamedTuple):
+    """`D_i = left @ middles[i] @ right.T` for every adapter; left [M, C], middles [T, C, D], right [N, D]."""
+
+    left: Tensor
+    middles: Tensor
+    right: Tensor
+
+    def back(self, middle: Tensor) -> Factors:
+        """`left @ middle @ right.T` in factors of the smaller of both ranks."""
+        if middle.shape[0] <= middle.shape[1]:
+            return Factors(middle @ self.right.T, self.left)
+        return Factors(self.right.T, self.left @ middle)
+
+
+def shared(module: Module) -> Shared:
+    """Core space (arXiv 2509.17786, equations 4 to 6): bases of all column and of all row spaces, lossless.
+
+    Entries depend on the bases, so these are made canonical: every share is first written U S^1/2, S^1/2 V^T,
+    and the bases are the singular vectors of the stacks, largest entry positive. Then they follow from the
+    deltas alone: not from how a delta is split into A and B, nor from the order of the adapters.
+    """
+    shares = [balanced(share) for share in module.shares]
+    left = _basis(torch.cat([share.b for share in shares], dim=1))
+    right = _basis(torch.cat([share.a for share in shares]).T)
+    middles = torch.stack([(left.T @ share.b) @ (share.a @ right) for share in shares])
+    return Shared(left, middles, right)
+
+
+def balanced(share: Factors) -> Factors:
+    """The same delta as A = S^1/2 V^T and B = U S^1/2, without the directions that are rounding."""
+    u, s, vh = numerical(svd(share))
+    root = s.sqrt()
+    return Factors(root[:, None] * vh, u * root)
+
+
+def numerical(whole: Svd) -> Svd:
+    """Without the singular values that are rounding."""
+    rank = int((whole.s > NULL * whole.s[0]).sum()) if len(whole.s) else 0
+    return Svd(whole.u[:, :rank], whole.s[:rank], whole.vh[:rank])
+
+
+def nearest_orthogonal(columns: Tensor) -> Tensor:
+    """The U V^T of `columns` = U S V^T: of all matrices with orthonormal columns (or rows) the nearest."""
+    q, r = torch.linalg.qr(columns)
+    u, _, vh = torch.linalg.svd(r, full_matrices=False)
+    return q @ (u @ vh)
+
+
+def seed_of(seed: int | None, module: str) -> int:
+    """A seed for one module: a draw must not depend on which modules came before."""
+    digest = hashlib.blake2b(f"{seed or 0}/{module}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 2
+
+
+def _basis(columns: Tensor) -> Tensor:
+    q, r = torch.linalg.qr(columns)
+    u, s, _ = torch.linalg.svd(r, full_matrices=False)
+    rank = int((s > NULL * s[0]).sum()) if len(s) else 0
+    basis = q @ u[:, :rank]
+    return basis * basis.gather(0, basis.abs().argmax(dim=0, keepdim=True)).sign() if rank else basis

@@ -1,0 +1,82 @@
+"""TIES: trim, elect a sign, merge what agrees. Three readings, which differ where weights differ."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from workers.fuse.rule import Options
+
+
+def ties(deltas: Tensor, weights: Tensor, options: Options, seed: int) -> Tensor:  # noqa: ARG001
+    """arXiv 2306.01708, algorithm 1, with w_i delta_i in the deltas' place.
+
+    The sign of sum_i w_i delta_i is elected; the mean is over those not zero that agree.
+    """
+    return agreeing_mean(trimmed(deltas, options.kept), weights)
+
+
+def ties_peft(deltas: Tensor, weights: Tensor, options: Options, seed: int) -> Tensor:  # noqa: ARG001
+    """arXiv 2306.01708 as PEFT's `ties` has it: signs are elected unweighted, see `agreeing_peft`."""
+    return agreeing_peft(trimmed(deltas, options.kept), weights)
+
+
+def ties_mergekit(deltas: Tensor, weights: Tensor, options: Options, seed: int) -> Tensor:  # noqa: ARG001
+    """arXiv 2306.01708 as mergekit's `ties` has it: divided by weights, see `agreeing_share`."""
+    return agreeing_share(trimmed(deltas, options.kept), weights)
+
+
+# ---- what agrees, of deltas [T, ...] ------------------------------------------------------------------
+
+
+def agreeing_mean(deltas: Tensor, weights: Tensor) -> Tensor:
+    """Mean over T of the w_i delta_i that have the sign of their sum; 0 where the sum is 0."""
+    weighted = broadcast(weights, deltas) * deltas
+    agrees = (weighted.sign() == weighted.sum(0).sign()) & (weighted != 0)
+    return (weighted * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+
+
+def agreeing_peft(deltas: Tensor, weights: Tensor) -> Tensor:
+    """Sum of the w_i delta_i where delta_i has the sign of sum_i delta_i (0 counts as +), by their count."""
+    agrees = deltas.sign() == _majority(deltas)
+    return (broadcast(weights, deltas) * deltas * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+
+
+def agreeing_sum(deltas: Tensor, weights: Tensor) -> Tensor:
+    """Sum of the w_i delta_i that have the sign of their sum (0 counts as +): mergekit, normalize: false."""
+    weighted = broadcast(weights, deltas) * deltas
+    return (weighted * (weighted.sign() == _majority(weighted))).sum(0)
+
+
+def agreeing_share(deltas: Tensor, weights: Tensor) -> Tensor:
+    """`agreeing_sum` divided by the weights of those that agree: mergekit, normalize: true."""
+    each = broadcast(weights, deltas)
+    weighted = each * deltas
+    share = (each * (weighted.sign() == _majority(weighted))).sum(0)
+    return agreeing_sum(deltas, weights) / share.where(share != 0, share.new_ones(()))
+
+
+def _majority(deltas: Tensor) -> Tensor:
+    total = deltas.sum(0)
+    return torch.where(total >= 0, 1.0, -1.0).to(deltas.dtype)
+
+
+# ---- trimming -----------------------------------------------------------------------------------------
+
+
+def trimmed(deltas: Tensor, density: float) -> Tensor:
+    """[T, ...] with the int(density * size) largest entries of each by magnitude, at least one; others 0."""
+    keep = kept_entries(density, deltas[0].numel())
+    largest = deltas.abs().flatten(1).topk(keep, dim=1).indices
+    mask = torch.zeros_like(deltas).flatten(1).scatter_(1, largest, 1.0)
+    return deltas * mask.reshape(deltas.shape)
+
+
+def kept_entries(density: float, size: int) -> int:
+    """Rounded down as PEFT and mergekit do, but never to nothing."""
+    return min(size, max(1, int(density * size)))
+
+
+def broadcast(each: Tensor, like: Tensor) -> Tensor:
+    """[T] as [T, 1, ...], to go with [T, ...]."""
+    return each.reshape(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,83 @@
+"""Checkpoints and adapters on their way to disk, off the tick's path.
+
+What is to be written is copied to host memory between two ticks. One thread of rank 0 writes, fsyncs and
+renames it, in the order of asking; the event that tells of it goes out once it is durable. Every rank holds
+the same list of what is under way, so that all of them hear of an end, or of a failure, in the same tick.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from workers.ranks import Ranks
+from workers.together import Problem, written
+from workers.types import CheckpointSaved, TrainingFinished
+
+Told = CheckpointSaved | TrainingFinished
+
+
+@dataclass(frozen=True)
+class Save:
+    event: Told
+    """What is told when it is durable."""
+    outcome: Future[Problem | None] | None
+    """None on the ranks that do not write."""
+
+
+class Saves:
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._thread = ThreadPoolExecutor(1, "saves") if ranks.rank == 0 else None
+        self._under_way: deque[Save] = deque()
+
+    @property
+    def under_way(self) -> bool:
+        return bool(self._under_way)
+
+    def of(self, job: str) -> bool:
+        """Whether anything of `job` is under way."""
+        return any(save.event.job == job for save in self._under_way)
+
+    def begin(self, event: Told, write: Callable[[], object]) -> None:
+        """Let rank 0's thread `write` what no tick will change; `event` is told afterwards."""
+        outcome = self._thread.submit(written, write) if self._thread else None
+        self._under_way.append(Save(event, outcome))
+
+    def ended(self, wait_for: Callable[[Told], bool] = lambda _: False) -> list[tuple[Told, Problem | None]]:
+        """What has ended, in order, with what kept it from the disk; waits for all that `wait_for` picks.
+
+        Collective if anything is under way. After a failure nothing more of the same attempt is told.
+        """
+        if not self._under_way:
+            return []
+        found = self._outcomes(wait_for) if self._ranks.rank == 0 else None
+        ended = [(self._under_way.popleft().event, problem) for problem in self._ranks.broadcast(found)]
+        told: list[tuple[Told, Problem | None]] = []
+        failed: set[tuple[str, int]] = set()
+        for event, problem in ended:
+            attempt = (event.job, event.attempt)
+            if attempt not in failed:
+                told.append((event, problem))
+            if problem:
+                failed.add(attempt)
+        self._under_way = deque(s for s in self._under_way if (s.event.job, s.event.attempt) not in failed)
+        return told
+
+    def _outcomes(self, wait_for: Callable[[Told], bool]) -> list[Problem | None]:
+        """Of the first saves under way, as far as they are done or waited for; rank 0 alone knows."""
+        least = max((n for n, save in enumerate(self._under_way, 1) if wait_for(save.event)), default=0)
+        outcomes: list[Problem | None] = []
+        for number, save in enumerate(self._under_way):
+            assert save.outcome is not None, "rank 0 writes"
+            if number >= least and not save.outcome.done():
+                break
+            outcomes.append(save.outcome.result())
+        return outcomes
+
+    def close(self) -> None:
+        """Returns when the thread has written all it was given."""
+        if self._thread:
+            self._thread.shutdown()
