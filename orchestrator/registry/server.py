@@ -8,8 +8,10 @@ nobody holds it.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 from urllib.error import URLError
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import psutil
@@ -30,6 +33,11 @@ from workers.types import BadInput
 STATE = "server.json"
 USERS = "users.lock"
 LOG = "server.log"
+DATABASE = "mlflow.db"
+STORE = "store"
+"""Says where the versions of this home are, once a server has answered."""
+STORE_VARIABLE = "CHORUS_REGISTRY_STORE"
+"""postgresql://USER[:PASSWORD]@HOST/DATABASE for MLflow's tables; SQLite in the home unless it is set."""
 
 
 class ServerFailed(RuntimeError):
@@ -68,11 +76,12 @@ def start(home: Path, port: int | None = None, seconds: float = 120.0) -> Tracki
     """The server of `home`, started unless a command is running it already; answers `/health` on return.
 
     `port` None takes the port of the last start if it is free, else any free one, so that a restarted server
-    keeps its address. Raises BadInput if the wanted port is taken, ServerFailed if the server is not up in
-    `seconds`.
+    keeps its address. Raises BadInput if the wanted port is taken or the versions are in another store,
+    ServerFailed if the server is not up in `seconds`.
     """
     folder = home.resolve() / "mlflow"
     folder.mkdir(parents=True, exist_ok=True)
+    _check_store(folder)
     with _exclusive(folder / "start.lock") as lock:
         users = (folder / USERS).open("a")
         fcntl.flock(users, fcntl.LOCK_SH)
@@ -82,11 +91,38 @@ def start(home: Path, port: int | None = None, seconds: float = 120.0) -> Tracki
                 return TrackingServer(url, home, folder / LOG, False, users, None)
             url = f"http://127.0.0.1:{_choose_port(folder, port)}"
             watcher = _launch(folder, url, lock)
-            _wait_healthy(url, watcher, folder / LOG, seconds)
+            _wait_answered(folder, watcher, seconds)
+            (folder / STORE).write_text(store_words())
         except BaseException:
             users.close()
             raise
     return TrackingServer(url, home, folder / LOG, True, users, watcher)
+
+
+def named_store() -> str:
+    """The user's own database for MLflow's tables; empty for the home's SQLite file. Raises BadInput."""
+    named = os.environ.get(STORE_VARIABLE, "")
+    if named and not named.startswith("postgresql://"):
+        raise BadInput(f"{STORE_VARIABLE} is no address of PostgreSQL; write postgresql://USER@HOST/DATABASE")
+    return named
+
+
+def store_words() -> str:
+    """The store, without its user and password."""
+    address = urlsplit(named_store())
+    return f"{address.hostname}:{address.port or 5432}{address.path}" if address.hostname else "sqlite"
+
+
+def _check_store(folder: Path) -> None:
+    """A home that was used with one store must not be seen empty with another."""
+    known = "sqlite" if (folder / DATABASE).exists() else store_words()
+    with contextlib.suppress(FileNotFoundError):
+        known = (folder / STORE).read_text()
+    if known != store_words():
+        raise BadInput(
+            f"the versions of {folder.parent} are in {known}, not in {store_words()}; "
+            f"set {STORE_VARIABLE} as it was, or use another --home"
+        )
 
 
 def running_url(home: Path) -> str | None:
@@ -190,17 +226,23 @@ def _launch(folder: Path, url: str, lock: int) -> subprocess.Popen[bytes]:
         )
 
 
-def _wait_healthy(url: str, watcher: subprocess.Popen[bytes], log: Path, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not healthy(url):
+def _wait_answered(folder: Path, watcher: subprocess.Popen[bytes], seconds: float) -> None:
+    """Until the watcher has seen its server answer."""
+    log, deadline = folder / LOG, time.monotonic() + seconds
+    while not _has_answered(folder, watcher.pid):
         if watcher.poll() is not None:
             words = f"the MLflow server ended while starting; see {log}: {_last_line(log)}"
-            raise ServerFailed(words + scarce(log.parent))
+            raise ServerFailed(words + scarce(folder))
         if time.monotonic() > deadline:
             watcher.terminate()
             watcher.wait()
             raise ServerFailed(f"the MLflow server did not answer within {seconds:.0f} s; see {log}")
         time.sleep(0.1)
+
+
+def _has_answered(folder: Path, watcher: int) -> bool:
+    state = _read_state(folder) or {}  # another watcher's, if that one was killed and this one has only begun
+    return state.get("pid") == watcher and bool(state.get("answered"))
 
 
 def _last_line(log: Path) -> str:

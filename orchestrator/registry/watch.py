@@ -19,9 +19,8 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from orchestrator.registry.server import STATE, USERS, healthy
+from orchestrator.registry.server import DATABASE, STATE, USERS, healthy, named_store
 
-DATABASE = "mlflow.db"
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 5.0
 
@@ -58,6 +57,8 @@ def _make_database(folder: Path, users: int) -> int:
 
     SQLite commits each table by itself, and MLflow does not take up a migration that was killed between two.
     """
+    if named_store():
+        return 0  # PostgreSQL's migrations are transactions: the server makes its tables by itself
     database = folder / DATABASE
     for stale in folder.glob(f"new-*-{DATABASE}*"):
         stale.unlink(missing_ok=True)
@@ -80,7 +81,7 @@ def _serve(folder: Path, url: str, users: int) -> int:
     """One life of the server; 0 if it ever answered, else its exit status."""
     server = _start_server(folder, url)
     try:
-        answered = _watch(server, url, users)
+        answered = _watch(server, folder, url, users)
     finally:
         _end(server)
     return 0 if answered else server.returncode or 1
@@ -91,12 +92,11 @@ def _leave(_signal: int, _frame: object) -> None:
 
 
 def _start_server(folder: Path, url: str) -> subprocess.Popen[bytes]:
-    """One worker, SQLite and proxied artifacts under `folder`."""
+    """One worker, proxied artifacts. The store may have a password: it goes by the environment."""
     address = urlsplit(url)
     command = ["server", "--host", str(address.hostname)]
     command += ["--port", str(address.port), "--workers", "1", "--serve-artifacts"]
     command += ["--uvicorn-opts", "--no-access-log"]
-    command += ["--backend-store-uri", f"sqlite:///{folder / DATABASE}"]
     command += ["--artifacts-destination", str(folder / "artifacts")]
     return _spawn(command, folder)
 
@@ -107,10 +107,15 @@ def _spawn(command: list[str], folder: Path) -> subprocess.Popen[bytes]:
         [sys.executable, "-m", "mlflow", *command],
         cwd=folder,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, **ENVIRONMENT},
+        env={**os.environ, **ENVIRONMENT, "MLFLOW_BACKEND_STORE_URI": _store_uri(folder)},
         start_new_session=True,
         preexec_fn=_die_with_parent if sys.platform == "linux" else None,
     )
+
+
+def _store_uri(folder: Path) -> str:
+    named = named_store()
+    return named.replace("postgresql:", "postgresql+psycopg:", 1) or f"sqlite:///{folder / DATABASE}"
 
 
 def _die_with_parent() -> None:
@@ -118,12 +123,17 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def _watch(server: subprocess.Popen[bytes], url: str, users: int) -> bool:
-    """Wait for the server to die; whether it ever answered. Ends this program when the last user has gone."""
+def _watch(server: subprocess.Popen[bytes], folder: Path, url: str, users: int) -> bool:
+    """Wait for the server to die; whether it ever answered. Ends this program when the last user has gone.
+
+    Whoever starts a server waits until this has seen it answer: one that dies after that is started again.
+    """
     answered = False
     while server.poll() is None:
         _leave_if_alone(users)
-        answered = answered or healthy(url)
+        if not answered and healthy(url):
+            _write_state(folder, url, os.getpid(), answered=True)
+            answered = True
         time.sleep(POLL_SECONDS)
     return answered
 
@@ -161,10 +171,10 @@ def _wait_group(server: subprocess.Popen[bytes], seconds: float) -> None:
         time.sleep(0.05)
 
 
-def _write_state(folder: Path, url: str, pid: int | None) -> None:
+def _write_state(folder: Path, url: str, pid: int | None, answered: bool = False) -> None:
     """Without a process id the address stays: the next start takes the same port if it can."""
     scratch = folder / f"{STATE}.new"
-    scratch.write_text(json.dumps({"url": url, "pid": pid}) + "\n")
+    scratch.write_text(json.dumps({"url": url, "pid": pid, "answered": answered}) + "\n")
     scratch.replace(folder / STATE)
 
 

@@ -16,6 +16,8 @@ from orchestrator.registry.server import TrackingServer
 from workers.manifest import publish_folder
 from workers.types import EvaluationReport
 
+HOMES: dict[str, Path] = {}
+"""Of each server that tests started, by its address."""
 LABELS = ("negative", "neutral", "positive")
 
 
@@ -24,8 +26,14 @@ def shared_server() -> TrackingServer:
     """One server for the whole test process: starting it takes seconds. Tests use names of their own."""
     home = tempfile.TemporaryDirectory()
     server = tracking_server.start(Path(home.name))
+    HOMES[server.url] = server.home
     atexit.register(lambda: (server.stop(), home.cleanup()))
     return server
+
+
+def home_of(registry) -> Path:
+    """Where the files of an MLflow registry lie that a test uses."""
+    return next(home for url, home in HOMES.items() if url == registry.url)
 
 
 def fresh_name(task: str = "sentiment") -> str:

@@ -8,18 +8,19 @@ import pytest
 
 from orchestrator.contracts import MetricPoint, NoSuchVersion, RegistryConflict
 from tests.contract.memory_registry import MemoryRegistry
-from tests.contract.samples import classification, fresh_name, new_version, recommendation, shared_server
+from tests.contract.samples import classification, fresh_name, home_of, new_version, recommendation
 from workers.manifest import CorruptFolder, folder_digest, verify_folder
 from workers.types import BadInput
 
 
-@pytest.fixture(params=["memory", "mlflow"])
+@pytest.fixture(params=["memory", "mlflow", "mlflow-postgresql"])
 def registry(request, tmp_path):
     if request.param == "memory":
         return MemoryRegistry(tmp_path / "store")
     from orchestrator.registry.registry import MlflowRegistry
 
-    return MlflowRegistry(shared_server().url)
+    name = "server_on_postgres" if request.param == "mlflow-postgresql" else "server_on_sqlite"
+    return MlflowRegistry(request.getfixturevalue(name).url)
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def two_versions(registry, tmp_path, name):
 
 def stored_weights(registry, version) -> Path:
     """The file that holds the version's weights, found as somebody with access to the disk would."""
-    store = registry.store if isinstance(registry, MemoryRegistry) else shared_server().home / "mlflow"
+    store = registry.store if isinstance(registry, MemoryRegistry) else home_of(registry) / "mlflow"
     return next(path for path in store.rglob("adapter_model.safetensors") if version.model_id in str(path))
 
 

@@ -14,6 +14,7 @@ import pytest
 from orchestrator.contracts import RegistryUnreachable
 from orchestrator.registry import server as tracking_server
 from orchestrator.registry.server import ServerFailed
+from tests.postgres import postgres  # noqa: F401 (a fixture)
 from workers.types import BadInput
 
 SECONDS = 120
@@ -145,3 +146,32 @@ def test_registry_without_a_server_is_unreachable_within_seconds():
         with pytest.raises(RegistryUnreachable, match=str(port)):
             call(MlflowRegistry(f"http://127.0.0.1:{port}"))
     assert time.monotonic() - began < 10
+
+
+def test_server_on_postgres_keeps_its_tables_there_and_its_home_refuses_another_store(
+    postgres,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    import psycopg
+
+    url = postgres.new_database()
+    monkeypatch.setenv(tracking_server.STORE_VARIABLE, url)
+    with tracking_server.start(tmp_path):
+        words = " ".join(word for process in processes_of(tmp_path) for word in process.cmdline())
+    assert "postgresql" not in words, "other users read a command line"
+    assert not (tmp_path / "mlflow" / "mlflow.db").exists()
+    with psycopg.connect(url) as connection:
+        (found,) = connection.execute("SELECT count(*) FROM registered_models").fetchone()
+    assert found == 0
+    monkeypatch.delenv(tracking_server.STORE_VARIABLE)
+    with pytest.raises(
+        BadInput, match=r"are in 127\.0\.0\.1:\d+/t\w+, not in sqlite; set CHORUS_REGISTRY_STORE"
+    ):
+        tracking_server.start(tmp_path)
+
+
+def test_server_store_of_another_kind_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv(tracking_server.STORE_VARIABLE, "mysql://root@127.0.0.1/x")
+    with pytest.raises(BadInput, match="is no address of PostgreSQL"):
+        tracking_server.start(tmp_path)
