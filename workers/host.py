@@ -7,7 +7,7 @@ and return the same events. No Ray here; see `workers.serve` for the loop around
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
 
@@ -92,19 +92,31 @@ class Host:
 
         With nobody to train or search for it waits for what is not durable yet.
         """
-        idle = not self.residents and not self._searches.under_way
+        idle = not self._training and not self._searches.under_way
         events = self._saved(lambda _: idle)
-        if self.residents:
-            events += self._train()
+        if training := self._training:
+            events += self._train(training)
         return events + self._searches.go_on()
 
-    def _train(self) -> list[Event]:
-        """One composition over the residents, then a step for every job whose batch is complete."""
+    @property
+    def _training(self) -> dict[str, Resident]:
+        """The residents but those that are a step ahead of a checkpoint that is not durable yet.
+
+        They sit out: a kill undoes what lies between two checkpoints and one step, however slow the disk.
+        """
+        return {
+            job: resident
+            for job, resident in self.residents.items()
+            if not self._saves.behind(job, resident.step)
+        }
+
+    def _train(self, training: Mapping[str, Resident]) -> list[Event]:
+        """One composition over these residents, then a step for every job whose batch is complete."""
         composition = compose(
-            {job: resident.chunks for job, resident in self.residents.items()},
+            {job: resident.chunks for job, resident in training.items()},
             self._credit,
             self.capacity.tokens_per_tick,
-            {job: resident.spec.weight for job, resident in self.residents.items()},
+            {job: resident.spec.weight for job, resident in training.items()},
             self.capacity.tokens_per_pass,
         )
         self._credit = dict(composition.credit)

@@ -41,6 +41,10 @@ class Saves:
         """Whether anything of `job` is under way."""
         return any(save.event.job == job for save in self._under_way)
 
+    def behind(self, job: str, step: int) -> bool:
+        """Whether what is under way of `job` is of a step before that one."""
+        return any(save.event.job == job and save.event.step < step for save in self._under_way)
+
     def begin(self, event: Told, write: Callable[[], object]) -> None:
         """Let rank 0's thread `write` what no tick will change; `event` is told afterwards."""
         outcome = self._thread.submit(written, write) if self._thread else None

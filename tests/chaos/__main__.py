@@ -41,7 +41,8 @@ def main(arguments: Sequence[str]) -> int:
         options = {key: value for key in ("times", "parts") if (value := getattr(asked, key)) is not None}
         with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
             outcome = case(Path(folder), small=asked.small, seed=asked.seed, **options)
-        options_given = [word for word in arguments if word not in asked.cases]
+        elsewhere = {*asked.cases, "--out", str(asked.out), "--parts", str(asked.parts)}
+        options_given = [word for word in arguments if word not in elsewhere]
         command = ["python", "-m", "tests.chaos", name, *options_given]
         path = write(outcome, machine, asked.out, command, asked.small)
         print(path.read_text())

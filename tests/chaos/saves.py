@@ -1,8 +1,8 @@
 """Writers killed while they save a checkpoint or register an adapter, some of them on a disk that fills.
 
 After every kill the newest checkpoint by name must load and must not be older than the last one that was
-acknowledged, and every version that the registry shows must download and verify. At the end each killed
-registration is given again and must come to one whole version.
+acknowledged, and every version that the registry shows must download and verify. At the end each registration
+that was killed, or found the disk of the server full, is given again and must come to one whole version.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from orchestrator.contracts import RegistryUnreachable
+from orchestrator.registry import server as tracking_server
 from orchestrator.registry.registry import MlflowRegistry
 from tests.bench.record import Bars, Outcome, Table, Target
 from tests.chaos.processes import forked, killed_after
@@ -33,8 +35,13 @@ SIDE = 128
 LAYERS = 8
 LONGEST_SAVE = 0.12
 """Seconds a writer lives at most: some ten checkpoints."""
+REFUSED = "refused"
 DISK = 3 * 2**20
 """Bytes: room for six checkpoints, so that the filler decides whether there is any for the next."""
+REGISTRY_DISK = 48 * 2**20
+"""Bytes, for the home of an MLflow server: its tables, artifacts and log."""
+ROOM_LEFT = 400_000
+"""Bytes that the filler leaves there at most: some registrations find room, most run out of it on the way."""
 
 
 def of_step(step: int) -> Checkpoint:
@@ -108,11 +115,19 @@ def fill(file: Path, share: float) -> None:
             out.write(bytes(2**16))
 
 
+def fill_but(file: Path, left: int) -> None:
+    """Take all of the disk but so many bytes."""
+    with suppress(OSError), file.open("wb", buffering=0) as out:
+        while out.write(bytes(2**16)):
+            pass
+    os.truncate(file, max(0, file.stat().st_size - left))
+
+
 @contextmanager
-def small_disk(folder: Path) -> Generator[Path | None]:
+def small_disk(folder: Path, size: int = DISK) -> Generator[Path | None]:
     """A tmpfs; None where this user may not mount one."""
     folder.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         yield None
         return
@@ -122,22 +137,29 @@ def small_disk(folder: Path) -> Generator[Path | None]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def kill_registrars(folder: Path, chance: random.Random, kills: int) -> tuple[list[str], Counter[str]]:
-    """The problems found, and how the versions stood after a kill."""
-    url = shared_server().url
+def kill_registrars(
+    url: str, folder: Path, chance: random.Random, kills: int, beside: Path | None = None
+) -> tuple[list[str], Counter[str]]:
+    """The problems found, and how the versions stood. `beside`: a file that fills the server's disk."""
     registry, problems, stood = MlflowRegistry(url), list[str](), Counter[str]()
     began = time.monotonic()
     registry.register(new_version(registry, folder / "first", fresh_name()))
     longest = 1.5 * (time.monotonic() - began)
     names: list[str] = []
-    while len(names) < kills:
+    while stood["killed"] < kills:
         name, place = fresh_name(), folder / str(len(names)) / str(chance.random())
-        child = forked(partial(register, url, place, name), folder / "out")
-        if not killed_after(child, chance.uniform(0, longest)):
-            continue
         names.append(name)
+        if beside is not None:
+            fill_but(beside, chance.randint(0, ROOM_LEFT))
+        child = forked(partial(register, url, place, name), folder / "out")
+        killed = killed_after(child, chance.uniform(0, longest))
+        if beside is not None:
+            beside.unlink()
+        refused = not killed and (folder / "out").read_text() == REFUSED
         visible = registry.versions(name)
-        stood[f"{len(visible)} visible"] += 1
+        stood["killed"] += killed
+        stood["refused"] += refused
+        stood[f"{'killed' if killed else 'refused' if refused else 'done'}, {len(visible)} visible"] += 1
         problems += [text for version in visible if (text := torn(registry, version, place / "seen"))]
     for name in names:
         registry.register(new_version(registry, folder / f"again-{name}", name))
@@ -149,7 +171,10 @@ def kill_registrars(folder: Path, chance: random.Random, kills: int) -> tuple[li
 
 def register(url: str, folder: Path, name: str) -> None:
     registry = MlflowRegistry(url)
-    registry.register(new_version(registry, folder, name))
+    try:
+        registry.register(new_version(registry, folder, name))
+    except RegistryUnreachable:  # what a server says that has no room, and what a job waits for
+        print(REFUSED, end="")
 
 
 def torn(registry: MlflowRegistry, version: object, folder: Path) -> str | None:
@@ -163,7 +188,7 @@ def torn(registry: MlflowRegistry, version: object, folder: Path) -> str | None:
 
 def case(folder: Path, small: bool, seed: int) -> Outcome:
     chance, began = random.Random(seed), time.monotonic()
-    saves, on_full, registrations = (30, 10, 0) if small else (340, 60, 100)
+    saves, on_full, registrations, on_full_server = (30, 10, 0, 0) if small else (340, 60, 100, 50)
     torch.set_num_threads(1)
     unreadable = kill_savers(folder / "roomy" / "job", chance, saves)
     full, times_full = list[str](), 0
@@ -172,12 +197,21 @@ def case(folder: Path, small: bool, seed: int) -> Outcome:
             full = kill_savers(disk / "job", chance, on_full, disk / "filler")
             times_full = (folder / "small.told").read_text().count("full")
     torn_versions, stood = list[str](), Counter[str]()
+    torn_on_full, stood_on_full = list[str](), Counter[str]()
     if registrations:  # the suite kills registrars at each of their requests: test_mlflow_killed
-        torn_versions, stood = kill_registrars(folder / "register", chance, registrations)
+        url = shared_server().url
+        torn_versions, stood = kill_registrars(url, folder / "register", chance, registrations)
+        with small_disk(folder / "server", REGISTRY_DISK) as disk:
+            if disk is not None:
+                with tracking_server.start(disk) as server:
+                    torn_on_full, stood_on_full = kill_registrars(
+                        server.url, folder / "register-full", chance, on_full_server, disk / "filler"
+                    )
     kills = {
         "saving": saves,
         "saving on a small disk": on_full * bool(times_full),
-        "registering": registrations,
+        "registering": stood["killed"],
+        "registering at a server on a small disk": stood_on_full["killed"],
     }
     return Outcome(
         "chaos-saves",
@@ -187,14 +221,15 @@ def case(folder: Path, small: bool, seed: int) -> Outcome:
             Table(
                 "Problems",
                 ("what",),
-                [(text,) for text in [*unreadable, *full, *torn_versions]] or [("none",)],
+                [(text,) for text in [*unreadable, *full, *torn_versions, *torn_on_full]] or [("none",)],
             ),
             Table(
                 "Else",
                 ("what", "how many"),
                 [
                     ("saves refused by a full disk", times_full),
-                    *((f"kills while registering that left {text}", n) for text, n in sorted(stood.items())),
+                    *((f"registrations {text}", n) for text, n in sorted(stood.items())),
+                    *((f"on a small disk {text}", n) for text, n in sorted(stood_on_full.items())),
                 ],
             ),
         ],
@@ -204,6 +239,8 @@ def case(folder: Path, small: bool, seed: int) -> Outcome:
             Target("the same on a disk that fills", len(full), 0, at_least=False),
             Target("saves that a full disk refused", times_full, 1),
             Target("versions half-written or doubled", len(torn_versions), 0, at_least=False),
+            Target("the same at a server whose disk fills", len(torn_on_full), 0, at_least=False),
+            Target("registrations that a full disk refused", stood_on_full["refused"], 0 if small else 1),
         ],
         Bars({name: float(times) for name, times in kills.items()}, "kills"),
         [f"It took {time.monotonic() - began:.0f} s; seed {seed}."],

@@ -17,6 +17,7 @@ from tests.numerics.jobs import adapters, attach, run, test_base, three_jobs
 from tests.numerics.test_resume import assert_same
 from workers import checkpoint
 from workers.host import Host
+from workers.order import steps_per_epoch
 from workers.ranks import Ranks
 from workers.types import Attached, CheckpointSaved, Detach, Detached, JobStopped, StepDone, TrainingFinished
 
@@ -58,6 +59,23 @@ def test_a_slow_disk_holds_up_no_neighbour_and_a_checkpoint_is_told_when_durable
         events += host.tick()
     told = [type(event) for event in events if event.job == slow.job]
     assert told[-2:] == [CheckpointSaved, TrainingFinished]
+
+
+def test_a_job_gets_one_step_ahead_of_a_slow_disk_and_its_neighbour_goes_on(tmp_path, held):
+    """Else a kill would undo more than what lies between two checkpoints, and one step."""
+    slow, other, _ = three_jobs(tmp_path, steps=40)
+    other = replace(other, training=replace(other.training, saves_per_epoch=0))
+    host = Host.load(test_base(tmp_path), Ranks())
+    for command in attach(slow, other):
+        host.apply(command)
+    begun = steps_per_epoch(host.residents[slow.job].train_rows, slow.training.global_batch_size)
+    events = [event for _ in range(16) for event in host.tick()]
+    assert host.residents[slow.job].step == begun + 1
+    assert host.residents[other.job].step > begun + 1
+    held.set()
+    while host.residents[slow.job].step < begun + 2:
+        events += host.tick()
+    assert next(event.step for event in events if isinstance(event, CheckpointSaved)) == begun
 
 
 def test_a_detach_waits_for_what_is_under_way(tmp_path, held):
