@@ -276,8 +276,8 @@ def watched(snapshot: Snapshot) -> Decision:
     CONTENTS["preemptions"] += len(decision.preempt)
     if decision.preempt or any(r.leaving for host in snapshot.hosts for r in host.residents):
         return decision
-    opened = {host.name for host in decision.start_hosts}
-    place = {job: host for job, host in decision.placements.items() if host in opened}
+    opener = {host: job for job, host in reversed(decision.placements.items())}
+    openers = {opener[host.name] for host in decision.start_hosts}
     for job in snapshot.waiting:
         if decision.refusals.get(job.job) is Reason.WAITS_FOR_HOST and aged(
             job, snapshot.policy, snapshot.now
@@ -287,7 +287,7 @@ def watched(snapshot: Snapshot) -> Decision:
             passed = [
                 other.job
                 for other in snapshot.waiting
-                if other.job in place
+                if other.job in openers
                 and other.team == job.team
                 and order_key(other, snapshot.policy, snapshot.now) > key
             ]
