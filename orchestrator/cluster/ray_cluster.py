@@ -76,8 +76,25 @@ class RayCluster:
 
         On a cluster shared with others a gang may find less: it waits, and is given up after ROOM_SECONDS.
         """
-        total, held = ray.cluster_resources(), sum(len(gang.ranks) for gang in self._gangs.values())
+        total, held = ray.cluster_resources(), self._held
         return Capacity(max(total.get("CPU", 0.0) - held, 0.0), max(total.get("GPU", 0.0) - held, 0.0))
+
+    @property
+    def _held(self) -> int:
+        """Ranks of all gangs, a CPU each."""
+        return sum(len(gang.ranks) for gang in self._gangs.values())
+
+    def _without_room(self, gang: Gang) -> str | None:
+        """Why a gang that waits for its bundles cannot get them.
+
+        A node that dies is counted for seconds, and a gang may have been started on what was left of it: it
+        would keep its jobs from the queue until ROOM_SECONDS are over.
+        """
+        if gang.reserved:
+            return None
+        total = ray.cluster_resources()
+        short = total.get("CPU", 0.0) < self._held or 0.0 < total.get("GPU", 0.0) < self._held
+        return f"no room for {len(gang.ranks)} ranks: the cluster has become smaller" if short else None
 
     def start_host(self, host: str, base: BaseSpec, world_size: int) -> None:
         assert host not in self._gangs, f"host {host} is running already"
@@ -102,7 +119,7 @@ class RayCluster:
             return ()
         events = gang.collect(ANSWER_SECONDS)
         told = [event.message for event in events if isinstance(event, HostFailed)]
-        failure = gang.failure(wait=bool(told)) or next(iter(told), None)
+        failure = gang.failure(wait=bool(told)) or next(iter(told), None) or self._without_room(gang)
         if failure is None:
             return events
         while not told and gang.alive(0) and (more := gang.collect(LAST_WORDS_SECONDS)):
@@ -197,9 +214,14 @@ class Gang:
             return sorted(words, key=lambda text: "onnection" in text)[0]
         if self.heard is not None and time.monotonic() - self.heard > self.hang_seconds:
             return f"rank 0 has not answered for {self.hang_seconds:.0f} s"
-        if self._placed() or time.monotonic() - self.started < ROOM_SECONDS or self.group.wait(0):
+        if self.reserved or time.monotonic() - self.started < ROOM_SECONDS:
             return None
         return f"no room for {len(self.ranks)} ranks in the cluster within {ROOM_SECONDS:.0f} s"
+
+    @property
+    def reserved(self) -> bool:
+        """Whether all its bundles have their place."""
+        return self._placed() or self.group.wait(0)
 
     def alive(self, rank: int) -> bool:
         """False once the rank's process is known to be dead; it may outlive its `serve`."""

@@ -3,7 +3,8 @@
     python -m tests.chaos submissions              1,000 submissions, at least 200 kills
     python -m tests.chaos saves                    500 kills while saving and registering, a disk that fills
     python -m tests.chaos draws                    100,000 draws, 50 crashes
-    python -m tests.chaos ranks --times 20         ranks killed and stopped, on several raylets
+    python -m tests.chaos ranks                    100 ranks killed and stopped, on several raylets; or
+        --times 25 --parts FILE                    in parts, each added to what the file holds
     python -m tests.chaos nodes                    raylets killed under two hosts; the head killed
     python -m tests.chaos tracking                 the MLflow server stopped for 600 s (--times: seconds)
 
@@ -30,13 +31,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("cases", nargs="+", choices=CASES)
     parser.add_argument("--small", action="store_true", help="as the suite runs it")
     parser.add_argument("--times", type=int, help="how often ranks are killed or stopped")
+    parser.add_argument("--parts", type=Path, help="ranks: a file; this run is added, the record is of all")
     parser.add_argument("--seed", type=int, default=20261126)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records")
     asked = parser.parse_args(arguments)
     for name in asked.cases:
         machine = Machine.read()
         case: Callable[..., Outcome] = import_module(f"tests.chaos.{name}").case
-        options = {"times": asked.times} if asked.times else {}
+        options = {key: value for key in ("times", "parts") if (value := getattr(asked, key)) is not None}
         with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
             outcome = case(Path(folder), small=asked.small, seed=asked.seed, **options)
         options_given = [word for word in arguments if word not in asked.cases]

@@ -7,13 +7,16 @@ until the host is known to be lost, how long until the jobs step again, and how 
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+
+from pydantic import TypeAdapter
 
 from orchestrator.job import Status
 from orchestrator.registry import server as tracking_server
@@ -83,7 +86,28 @@ def resumed(cluster: Watched, since: int) -> tuple[float, dict[str, int]] | None
     return (max(stepped.values()), began) if len(stepped) == len(JOBS) else None
 
 
-def case(folder: Path, small: bool, seed: int, times: int = 100) -> Outcome:
+@dataclass(frozen=True)
+class Part:
+    """One run of the case; a record may be made of several."""
+
+    seed: int
+    seconds: float
+    same: bool
+    """Whether the adapters are those of the undisturbed run."""
+    faults: tuple[Fault, ...]
+
+
+def case(folder: Path, small: bool, seed: int, times: int = 100, parts: Path | None = None) -> Outcome:
+    """`parts`: a file that keeps what earlier runs found; this one is added, and the record is of all."""
+    part = run(folder, small, seed, times)
+    if parts is None:
+        return outcome([part], small)
+    with parts.open("a") as file:
+        file.write(json.dumps(asdict(part)) + "\n")
+    return outcome([TypeAdapter(Part).validate_json(line) for line in parts.read_text().splitlines()], small)
+
+
+def run(folder: Path, small: bool, seed: int, times: int) -> Part:
     chance, times, began = random.Random(seed), 2 if small else times, time.monotonic()
     os.environ[VARIABLE] = f"{HANG_SECONDS:g}"
     # The last fault must still find both at work, and they get further than asked between two ticks.
@@ -104,7 +128,7 @@ def case(folder: Path, small: bool, seed: int, times: int = 100) -> Outcome:
         finish(world)
         same = world.adapters() == undisturbed.adapters()
         cluster.close()
-    return outcome(faults, same, time.monotonic() - began, small, seed)
+    return Part(seed, round(time.monotonic() - began), same, tuple(faults))
 
 
 def finish(world: World) -> None:
@@ -114,7 +138,8 @@ def finish(world: World) -> None:
     world.controller.close()
 
 
-def outcome(faults: list[Fault], same: bool, seconds: float, small: bool, seed: int) -> Outcome:
+def outcome(parts: list[Part], small: bool) -> Outcome:
+    faults = [fault for part in parts for fault in part.faults]
     killed = [fault for fault in faults if fault.signal == "SIGKILL"]
     stopped = [fault for fault in faults if fault.signal == "SIGSTOP"]
     rows = [
@@ -151,12 +176,16 @@ def outcome(faults: list[Fault], same: bool, seconds: float, small: bool, seed: 
                 "most seconds from finding a stop to stepping again",
                 max(f.resumed - f.found for f in stopped), 30, at_least=False,
             ),
-            Target("adapters are the undisturbed run's, byte for byte (1: yes)", float(same), 1),
+            Target(
+                "adapters are the undisturbed run's, byte for byte (1: yes)",
+                float(all(part.same for part in parts)), 1,
+            ),
         ],
         Bars({f"{f.signal} {n + 1}": f.resumed for n, f in enumerate(faults)}, "seconds to stepping again"),
         [
-            f"Two jobs on one host of two ranks, a checkpoint every {CHECKPOINT_EVERY} steps. The whole took "
-            f"{seconds:.0f} s; seed {seed}. A new host's start, which imports torch and DeepSpeed in both "
-            "ranks, is most of the time to stepping again."
+            f"Two jobs on one host of two ranks, a checkpoint every {CHECKPOINT_EVERY} steps; a new host's "
+            "start, which imports torch and DeepSpeed in both ranks, is most of the time to stepping again. "
+            f"{len(parts)} runs one after the other, seeds {', '.join(str(part.seed) for part in parts)}, "
+            f"{sum(part.seconds for part in parts):.0f} s in all."
         ],
     )  # fmt: skip

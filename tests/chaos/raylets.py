@@ -114,10 +114,6 @@ class World:
             time.sleep(0.02)
         return time.monotonic() - began
 
-    def tick_for(self, seconds: float) -> None:
-        began = time.monotonic()
-        self.tick_until(lambda: time.monotonic() - began >= seconds, seconds + 60.0)
-
     def adapters(self) -> dict[str, bytes]:
         """Job -> the weights it ended with."""
         plans = {job.name: job.series for job in self.store.jobs()}

@@ -60,6 +60,20 @@ def test_cluster_base_that_is_no_model_fails_with_the_users_sentence_and_gives_r
     assert ray_cluster.capacity().cpus == 2.0
 
 
+def test_cluster_that_shrank_below_what_was_asked_of_it_gives_up_the_gang_that_found_no_room(
+    ray_cluster, base
+):
+    """As when a node dies that was still counted when the host was started on it."""
+    ray_cluster.start_host("seated", base, 2)
+    poll_until(ray_cluster, "seated", lambda event: isinstance(event, HostReady))
+    ray_cluster.start_host("crowded", base, 2)
+    (failed,) = poll_until(ray_cluster, "crowded", lambda event: isinstance(event, HostFailed), SECONDS)
+    assert failed.message.startswith("no room for 2 ranks")
+    assert ray_cluster.poll("seated") == []
+    ray_cluster.stop_host("seated")
+    assert ray_cluster.capacity().cpus == 2.0
+
+
 def test_cluster_token_is_readable_by_its_owner_alone(ray_cluster):
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
