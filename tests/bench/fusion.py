@@ -155,8 +155,8 @@ def svd(small: bool) -> Outcome:
     table = Table("4 adapters of rank 16 to rank 16", header, rows)
     notes = (
         "Each measurement in a fresh process with all cores; memory is what the call added to the peak of "
-        "the resident set. Ours is `fuse`, with its certificate, the middle of three. Float64's: roots of the "
-        "largest eigenvalues of the dense sum times its transpose.",
+        "the resident set. Ours is `fuse`, with its certificate, the middle of three. Float64's: roots of "
+        "the largest eigenvalues of the dense sum times its transpose.",
     )
     return Outcome(
         "fusion-svd", "Truncated SVD in factors and in PEFT", [table], targets, Bars(bars, "seconds"), notes
