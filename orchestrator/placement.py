@@ -150,7 +150,7 @@ class Room:
         hosts = self.hosts_of(job.base)
         if job.need is Need.SLOT:
             hosts = [host for host in hosts if self._has_slot(host, job)]
-        return max(hosts, key=_inviting, default=None)
+        return max(hosts, key=inviting, default=None)
 
     def _has_slot(self, host: HostView, job: Waiting) -> bool:
         free = len(host.residents) < host.slots and job.base not in self._short_of_memory
@@ -261,7 +261,8 @@ class Room:
                 self.shares.charge(resident.team, sign * host.world_size / len(host.residents))
 
 
-def _inviting(host: HostView) -> tuple[bool, int, str]:
+def inviting(host: HostView) -> tuple[bool, int, str]:
+    """The greatest of the hosts that take a job is the one it goes to."""
     count = len(host.residents)
     return not host.saturated, -count if host.saturated else count, host.name
 

@@ -42,9 +42,10 @@ class Preemption:
         asks = self._asks(job)
         # A resident of a full host holds the least that the job could ask for.
         teams = self._room.shares.givers(job.team, job.world_size / max(job.slots, 1), aged=asks.aged)
+        teams.add(job.team)
         found: list[tuple[Worst, str, str]] = []
         for host in self._room.hosts_of(job.base):
-            some = [r for r in host.residents if r.team in teams or self._below(r, asks)]
+            some = [resident for resident in host.residents if resident.team in teams]
             if some and not any(r.leaving for r in host.residents) and self._room.may_share(host, job):
                 ranks = host.world_size / len(host.residents)
                 giving = (r for r in some if self._gives(r, asks, ranks))
@@ -54,10 +55,6 @@ class Preemption:
         _, victim, name = max(found)
         self._preempt(self._room.hosts[name], job, [victim])
         return True
-
-    def _below(self, resident: Resident, asks: Asks) -> bool:
-        """Whether one of the job's own team may stand below it: a look at most, before `_gives` tells."""
-        return resident.team == asks.job.team and (asks.aged or resident.priority <= asks.job.priority)
 
     def ranks_for(self, job: Waiting, missing: int) -> bool:
         """Whether whole hosts are left by all their residents, `missing` ranks or more, for the job."""

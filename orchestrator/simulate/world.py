@@ -122,7 +122,7 @@ class World:
             self._usage = grown(self._usage, held, seconds, self.policy.half_life)
         self.now = to
         while (arrival := self.next_arrival) is not None and arrival <= to:
-            self._arrive(self._trace[self._came])
+            self.arrive(self._trace[self._came])
             self._came += 1
 
     def _run(self, host: SimHost, to: float, had: dict[str, float]) -> None:
@@ -148,7 +148,8 @@ class World:
         shared = self.setting.shared
         return shared + sum(max(job.trace.tick - shared, 0.0) for job in host.residents)
 
-    def _arrive(self, trace: TraceJob) -> None:
+    def arrive(self, trace: TraceJob) -> None:
+        """A job is submitted now."""
         team = trace.team if self._fair else DEFAULT_TEAM
         job = SimJob(trace, team, trace.seconds, trace.submitted_at)
         self.jobs[trace.job] = job
