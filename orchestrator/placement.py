@@ -149,11 +149,11 @@ class Room:
         all are, and then the emptiest."""
         hosts = self.hosts_of(job.base)
         if job.need is Need.SLOT:
-            hosts = [host for host in hosts if self._has_slot(host, job)]
+            hosts = [h for h in hosts if len(h.residents) < h.slots and self._has_room(h, job)]
         return max(hosts, key=inviting, default=None)
 
-    def _has_slot(self, host: HostView, job: Waiting) -> bool:
-        free = len(host.residents) < host.slots and job.base not in self._short_of_memory
+    def _has_room(self, host: HostView, job: Waiting) -> bool:
+        free = job.base not in self._short_of_memory
         return free and host.takes(job.adapter_parameters) and self.may_share(host, job)
 
     def may_share(self, host: HostView, job: Waiting) -> bool:

@@ -42,10 +42,15 @@ class Preemption:
         asks = self._asks(job)
         # A resident of a full host holds the least that the job could ask for.
         teams = self._room.shares.givers(job.team, job.world_size / max(job.slots, 1), aged=asks.aged)
-        teams.add(job.team)
+        # Of its own team those of a higher priority stand above it: most are passed by that alone.
+        mine, highest = job.team, float("inf") if asks.aged else job.priority
         found: list[tuple[Worst, str, str]] = []
         for host in self._room.hosts_of(job.base):
-            some = [resident for resident in host.residents if resident.team in teams]
+            some = [
+                resident
+                for resident in host.residents
+                if resident.team in teams or (resident.team == mine and resident.priority <= highest)
+            ]
             if some and not any(r.leaving for r in host.residents) and self._room.may_share(host, job):
                 ranks = host.world_size / len(host.residents)
                 giving = (r for r in some if self._gives(r, asks, ranks))

@@ -95,7 +95,7 @@ def _schedule(snapshot: Snapshot) -> Decision:
         turn.settle(job, parents_verdict(job) or turn.light_place(job))
     line = Line(turn.heavy, snapshot.policy, snapshot.now)
     while (job := line.next(turn.room.shares)) is not None:
-        verdict = parents_verdict(job) or turn.place(job)
+        verdict = (parents_verdict(job) if job.parents else None) or turn.place(job)
         turn.settle(job, verdict)
         if verdict is Reason.WAITS_FOR_HOST and turn.hopeless(job):
             # Nobody behind it in its team needs less: those that have no warm host need not be asked.
