@@ -28,7 +28,7 @@ _UNNAMED = Team()
 class Policy:
     """Times in seconds, service in rank-seconds."""
 
-    half_life: float = 4 * HOUR
+    half_life: float = 12 * HOUR
     """After so long a team's past use counts half (Slurm's PriorityDecayHalfLife)."""
     levels: tuple[float, ...] = (4 * HOUR, 32 * HOUR, 256 * HOUR)
     """Rising: service at which a job falls into the next queue (Tiresias, NSDI'19, section 3.3)."""

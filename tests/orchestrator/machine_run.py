@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ def main() -> None:
         start = time.monotonic()
         found = machine.check(asked.sequences, seed=asked.seed)
         seconds = time.monotonic() - start
-        part = {"seed": asked.seed, "seconds": seconds, "contents": found}
+        part = {"seed": asked.seed, "commit": _commit(), "seconds": seconds, "contents": found}
         parts.append(part)
         print(f"{asked.sequences} sequences, no invariant broken, {seconds:.0f} s")
         if asked.parts is not None:
@@ -49,13 +50,16 @@ def outcome(parts: Sequence[dict[str, Any]]) -> Outcome:
         contents.update(part["contents"])
     sequences = contents.pop("sequences")
     rows = [(name, f"{count:,}", f"{count / sequences:.2f}") for name, count in sorted(contents.items())]
-    each = [(part["seed"], f"{part['contents']['sequences']:,}", f"{part['seconds']:.0f}") for part in parts]
+    each = [
+        (part["seed"], part["commit"], f"{part['contents']['sequences']:,}", f"{part['seconds']:.0f}")
+        for part in parts
+    ]
     return Outcome(
         RECORD,
         f"{sequences:,} sequences of events over controller, scheduler and store: no invariant broken",
         [
             Table("What the sequences contained", ("what", "times", "a sequence"), rows),
-            Table("Parts", ("seed", "sequences", "seconds"), each),
+            Table("Parts", ("seed", "commit", "sequences", "seconds"), each),
         ],
         [Target("sequences without a broken invariant", sequences, WANTED)],
         Bars({name: count for name, count in contents.items() if count < 1e6}, "times"),
@@ -79,6 +83,12 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _commit() -> str:
+    """Of the code that ran; empty outside a checkout."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def _read(path: Path | None) -> list[dict[str, Any]]:
     if path is None or not path.exists():
         return []
@@ -88,6 +98,5 @@ def _read(path: Path | None) -> list[dict[str, Any]]:
 def _command(parts: Sequence[dict[str, Any]]) -> list[str]:
     if len(parts) == 1 and parts[0]["seed"] is None:
         return ["tests.orchestrator.machine", str(parts[0]["contents"]["sequences"])]
-    seeds = " and ".join(str(part["seed"]) for part in parts)
-    most = max(part["contents"]["sequences"] for part in parts)
-    return ["tests.orchestrator.machine", str(most), "--seed", seeds]
+    asked = "COUNT --seed N --parts FILE, for each part; then 0 --parts FILE --out FOLDER"
+    return ["tests.orchestrator.machine", asked]
