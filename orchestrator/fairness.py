@@ -27,8 +27,14 @@ class Shares:
         self._policy = policy
         self._past = {team: past_ranks(seconds, policy.half_life) for team, seconds in usage.items()}
         self._held: dict[str, float] = {}
+        self._known: dict[str, Share] = {}
+        """Shares that no charge has changed since they were asked for."""
+        self.changes = 0
+        """Charges so far: while there is none, every share is as it was."""
 
     def charge(self, team: str, ranks: float) -> None:
+        self.changes += 1
+        self._known.pop(team, None)
         self._held[team] = self._held.get(team, 0.0) + ranks
 
     def held(self, team: str) -> float:
@@ -37,6 +43,13 @@ class Shares:
 
     def share(self, team: str, more: float = 0.0) -> Share:
         """A team's share if it held `more` ranks than it does."""
+        if more:
+            return self._share(team, more)
+        if (known := self._known.get(team)) is None:
+            known = self._known[team] = self._share(team, 0.0)
+        return known
+
+    def _share(self, team: str, more: float) -> Share:
         claim = self._policy.team(team)
         ranks = self.held(team) + more
         beyond = ranks - claim.quota
@@ -54,8 +67,13 @@ class Shares:
         without what it asks for: else one larger than its team's share would wait for ever.
         """
         given = self.share(giver)
+        return given[0] == 1 and _below(self.share(taker, 0.0 if aged else ranks), given)
+
+    def givers(self, taker: str, ranks: float, *, aged: bool = False) -> set[str]:
+        """All teams that hold ranks and may be made to give some to a job of `taker`: see `may_reclaim`."""
         taken = self.share(taker, 0.0 if aged else ranks)
-        return given[0] == 1 and _below(taken, given)
+        shares = ((team, self.share(team)) for team in self._held if team != taker)
+        return {team for team, given in shares if given[0] == 1 and _below(taken, given)}
 
 
 def _below(one: Share, other: Share) -> bool:

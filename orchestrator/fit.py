@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from orchestrator.placement import HostView
+from orchestrator.placement import HostView, inviting
 from orchestrator.scheduler import Snapshot
 
 BYTES_PER_PARAMETER = 16
@@ -67,9 +67,9 @@ def fit(ask: Ask, snapshot: Snapshot | None, up: Collection[str], paces: Mapping
 
 
 def _warm(ask: Ask, hosts: list[HostView]) -> HostView | None:
-    """The fullest that takes it, as the scheduler chooses."""
+    """Of those that take it the one that the scheduler would choose."""
     free = [h for h in hosts if len(h.residents) < h.slots and h.takes(ask.adapter_parameters)]
-    return max(free, key=lambda host: (len(host.residents), host.name), default=None)
+    return max(free, key=inviting, default=None)
 
 
 def _never(ask: Ask, snapshot: Snapshot | None, hosts: list[HostView]) -> str | None:

@@ -52,6 +52,8 @@ class HostView:
     """How many its memory has room for in all, by its own measure; None before it has measured."""
     idle_since: float = 0.0
     """When its last job left it."""
+    saturated: bool = False
+    """Its residents fill its ticks: with one more each of them is slower, and all together no faster."""
 
     def takes(self, adapter_parameters: int) -> bool:
         """Whether one more adapter fits beside its residents', as far as is known."""
@@ -123,6 +125,8 @@ class Room:
         self._slots_coming: dict[str, int] = {}
         for host in self.hosts.values():
             self._take_in(host)
+        for team, ranks in held_by_team(self.hosts.values()).items():
+            shares.charge(team, ranks)
 
     def _take_in(self, host: HostView) -> None:
         self.of_base.setdefault(host.base, set()).add(host.name)
@@ -131,10 +135,9 @@ class Room:
             self.idle_ranks += host.world_size
         elif host.emptying:
             self.coming += host.world_size
-        self._charge(host, 1)
-        leaving = sum(resident.leaving for resident in host.residents)
-        if leaving:
-            self._slots_coming[host.base] = self._slots_coming.get(host.base, 0) + leaving
+        for resident in host.residents:
+            if resident.leaving:
+                self._slots_coming[host.base] = self._slots_coming.get(host.base, 0) + 1
 
     # ---- asking ----------------------------------------------------------------------------------------
 
@@ -142,14 +145,15 @@ class Room:
         return [self.hosts[name] for name in self.of_base.get(base, ())]
 
     def warm_host(self, job: Waiting) -> HostView | None:
-        """The fullest host that still takes the job: the others empty sooner."""
+        """The fullest host that still takes the job: the others empty sooner. One that is saturated only if
+        all are, and then the emptiest."""
         hosts = self.hosts_of(job.base)
         if job.need is Need.SLOT:
-            hosts = [host for host in hosts if self._has_slot(host, job)]
-        return max(hosts, key=lambda host: (len(host.residents), host.name), default=None)
+            hosts = [h for h in hosts if len(h.residents) < h.slots and self._has_room(h, job)]
+        return max(hosts, key=inviting, default=None)
 
-    def _has_slot(self, host: HostView, job: Waiting) -> bool:
-        free = len(host.residents) < host.slots and job.base not in self._short_of_memory
+    def _has_room(self, host: HostView, job: Waiting) -> bool:
+        free = job.base not in self._short_of_memory
         return free and host.takes(job.adapter_parameters) and self.may_share(host, job)
 
     def may_share(self, host: HostView, job: Waiting) -> bool:
@@ -255,3 +259,20 @@ class Room:
         for resident in host.residents:
             if not resident.leaving:
                 self.shares.charge(resident.team, sign * host.world_size / len(host.residents))
+
+
+def inviting(host: HostView) -> tuple[bool, int, str]:
+    """The greatest of the hosts that take a job is the one it goes to."""
+    count = len(host.residents)
+    return not host.saturated, -count if host.saturated else count, host.name
+
+
+def held_by_team(hosts: Iterable[HostView]) -> dict[str, float]:
+    """Team -> ranks: each resident that stays holds an equal part of its host's."""
+    held: dict[str, float] = {}
+    for host in hosts:
+        part = host.world_size / max(len(host.residents), 1)
+        for resident in host.residents:
+            if not resident.leaving:
+                held[resident.team] = held.get(resident.team, 0.0) + part
+    return held

@@ -49,7 +49,7 @@ def after_death(poison: Poison, reached: Mapping[str, int]) -> tuple[Poison, str
         if alone[job] == SOLO_DEATHS:
             # The others of its inquest are free again.
             return _without(Poison(died_at, alone), {job}), job
-    untouched = [group - reached.keys() for group in poison.groups]
+    untouched = [group.difference(reached) for group in poison.groups]
     middle = (len(stuck) + 1) // 2
     groups = [*untouched, frozenset(stuck[:middle]), frozenset(stuck[middle:])]
     return Poison(died_at, alone, tuple(group for group in groups if group)), None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -20,14 +21,17 @@ class Team:
     """Ranks that are its own whenever it wants them. What it uses beyond is borrowed; it can be reclaimed."""
 
 
+_UNNAMED = Team()
+
+
 @dataclass(frozen=True)
 class Policy:
     """Times in seconds, service in rank-seconds."""
 
-    half_life: float = 4 * HOUR
+    half_life: float = 12 * HOUR
     """After so long a team's past use counts half (Slurm's PriorityDecayHalfLife)."""
     levels: tuple[float, ...] = (4 * HOUR, 32 * HOUR, 256 * HOUR)
-    """Service at which a job falls into the next queue (Tiresias, NSDI'19, section 3.3)."""
+    """Rising: service at which a job falls into the next queue (Tiresias, NSDI'19, section 3.3)."""
     most_waiting: float = 24 * HOUR
     """A job that has waited so long in a row goes before every younger wait of its team."""
     protection: float = 0.5 * HOUR
@@ -40,8 +44,8 @@ class Policy:
     """Those that a `teams.yaml` names; every other team is as `Team()`."""
 
     def team(self, name: str) -> Team:
-        return self.teams.get(name, Team())
+        return self.teams.get(name, _UNNAMED)
 
     def level(self, service: float) -> int:
         """The queue of a job with so much service: 0 goes first."""
-        return sum(service >= bound for bound in self.levels)
+        return bisect_right(self.levels, service)

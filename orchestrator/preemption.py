@@ -38,19 +38,27 @@ class Preemption:
         self._of_team: dict[str, list[tuple[Worst, str]]] | None = None
 
     def slot_for(self, job: Waiting) -> bool:
-        """Whether somebody leaves a slot of the job's base for it."""
+        """Whether somebody leaves a slot of the job's base for it: of all that may be made to, the worst."""
         asks = self._asks(job)
+        # A resident of a full host holds the least that the job could ask for.
+        teams = self._room.shares.givers(job.team, job.world_size / max(job.slots, 1), aged=asks.aged)
+        # Of its own team those of a higher priority stand above it: most are passed by that alone.
+        mine, highest = job.team, float("inf") if asks.aged else job.priority
         found: list[tuple[Worst, str, str]] = []
         for host in self._room.hosts_of(job.base):
-            others = sum(r.leaving for r in host.residents) == 0 and self._room.may_share(host, job)
-            ranks = host.world_size / max(len(host.residents), 1)
-            for resident in host.residents if others else ():
-                if self._gives(resident, asks, ranks):
-                    found.append((self._worst(resident), resident.job, host.name))
+            some = [
+                resident
+                for resident in host.residents
+                if resident.team in teams or (resident.team == mine and resident.priority <= highest)
+            ]
+            if some and not any(r.leaving for r in host.residents) and self._room.may_share(host, job):
+                ranks = host.world_size / len(host.residents)
+                giving = (r for r in some if self._gives(r, asks, ranks))
+                found += ((self._worst(r), r.job, host.name) for r in giving)
         if not found:
             return False
-        _, victim, host_name = max(found)
-        self._preempt(self._room.hosts[host_name], job, [victim])
+        _, victim, name = max(found)
+        self._preempt(self._room.hosts[name], job, [victim])
         return True
 
     def ranks_for(self, job: Waiting, missing: int) -> bool:

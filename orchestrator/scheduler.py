@@ -4,14 +4,17 @@ Policy, from the outside in:
 1. Between teams the lowest share goes first: `fairness`.
 2. Within a team: who waited to the bound, then priority, then the queues of least attained service, then
    age: `queue`.
-3. A job goes to a warm host of its base; else a host opens on free ranks, or on those of idle hosts; else
-   residents it may take from are preempted: `preemption`. What it then waits for is reserved for it.
+3. A job goes to a warm host of its base, and if all are saturated to a second one, should ranks be free; else
+   a host opens on free ranks, or on those of idle hosts; else residents it may take from are preempted:
+   `preemption`. What it then waits for is reserved for it.
 4. A job that cannot start lets others pass, until it has waited to the bound: then what gets free is its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from orchestrator.contracts import Capacity
@@ -69,12 +72,30 @@ class Decision:
 
 
 def schedule(snapshot: Snapshot) -> Decision:
+    with _without_collector():
+        return _schedule(snapshot)
+
+
+@contextmanager
+def _without_collector() -> Generator[None]:
+    """A decision makes a hundred thousand objects and no cycle. A full collection set off by them looks at
+    all that the process ever loaded, and would take several times as long as the decision."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _schedule(snapshot: Snapshot) -> Decision:
     turn = Turn(snapshot)
     for job in in_order(turn.light, snapshot.policy, snapshot.now):
         turn.settle(job, parents_verdict(job) or turn.light_place(job))
     line = Line(turn.heavy, snapshot.policy, snapshot.now)
     while (job := line.next(turn.room.shares)) is not None:
-        verdict = parents_verdict(job) or turn.place(job)
+        verdict = (parents_verdict(job) if job.parents else None) or turn.place(job)
         turn.settle(job, verdict)
         if verdict is Reason.WAITS_FOR_HOST and turn.hopeless(job):
             # Nobody behind it in its team needs less: those that have no warm host need not be asked.
@@ -138,6 +159,9 @@ class Turn:
         if (known := self._full.get(key)) is not None:
             return known
         if (host := self.room.warm_host(job)) is not None:
+            second = host.saturated and job.need is Need.SLOT and job.world_size <= self.room.spare()
+            if second and self._justifies_a_host(job):
+                return self.room.open(job)
             return self.room.seat(host, job)
         verdict = self._beside(job)
         if isinstance(verdict, Reason) and verdict not in (Reason.OUT_OF_MEMORY, Reason.WAITS_APART):

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.commands.home import Home
 from orchestrator.commands.options import (
     DEFAULT_HOME,
     SETTINGS,
@@ -15,14 +14,11 @@ from orchestrator.commands.options import (
     Output,
     Reference,
     RegisteredName,
+    home_of,
 )
 from orchestrator.commands.output import Format
 
 adapters_app = typer.Typer(help="Adapter versions in the registry.", **SETTINGS)
-
-
-def _home(folder: Path) -> Home:
-    return Home(folder.absolute())
 
 
 @adapters_app.command("list")
@@ -43,7 +39,7 @@ def list_adapters(
     from orchestrator.commands.adapters import list_adapters as body
     from orchestrator.commands.filters import Filters
 
-    body(ctx.obj, _home(home), Filters(name, task, base, alias, parent, tuple(metric or ())), output)
+    body(ctx.obj, home_of(home), Filters(name, task, base, alias, parent, tuple(metric or ())), output)
 
 
 @adapters_app.command()
@@ -53,7 +49,7 @@ def show(
     """Show one version: its scores beside the base's, and what it is bound to."""
     from orchestrator.commands.adapters import show as body
 
-    body(ctx.obj, _home(home), reference, output)
+    body(ctx.obj, home_of(home), reference, output)
 
 
 @adapters_app.command()
@@ -66,7 +62,7 @@ def compare(
     """Show the scores of several versions side by side."""
     from orchestrator.commands.adapters import compare as body
 
-    body(ctx.obj, _home(home), references, output)
+    body(ctx.obj, home_of(home), references, output)
 
 
 @adapters_app.command()
@@ -80,7 +76,7 @@ def diff(
     """Show what two versions differ in: scores with the interval of the difference, tags, recipe."""
     from orchestrator.commands.inspection import diff as body
 
-    body(ctx.obj, _home(home), (one, other), output)
+    body(ctx.obj, home_of(home), (one, other), output)
 
 
 @adapters_app.command()
@@ -90,7 +86,7 @@ def lineage(
     """Show what a version was made from, and what was made from it."""
     from orchestrator.commands.inspection import lineage as body
 
-    body(ctx.obj, _home(home), reference, output)
+    body(ctx.obj, home_of(home), reference, output)
 
 
 @adapters_app.command()
@@ -100,7 +96,7 @@ def history(
     """Show every move of a champion: who, when, from, to, why."""
     from orchestrator.commands.inspection import history as body
 
-    body(ctx.obj, _home(home), name, output)
+    body(ctx.obj, home_of(home), name, output)
 
 
 @adapters_app.command()
@@ -116,7 +112,7 @@ def gates(
     """Show, or set, what every version of a name must meet beside the gates of its own recipe."""
     from orchestrator.commands.inspection import gates as body
 
-    body(ctx.obj, _home(home), name, file, output)
+    body(ctx.obj, home_of(home), name, file, output)
 
 
 @adapters_app.command()
@@ -129,5 +125,5 @@ def verify(
     """Check every byte, tag and alias in the registry; exits with 3 and names what was altered."""
     from orchestrator.commands.inspection import verify as body
 
-    if body(ctx.obj, _home(home), name, output):
+    if body(ctx.obj, home_of(home), name, output):
         raise typer.Exit(3)

@@ -12,11 +12,13 @@ from orchestrator.commands.home import Home
 from orchestrator.commands.jobs import find_job, open_store
 from orchestrator.commands.output import Format, duration, emit, grid, moment
 from orchestrator.commands.parts import Parts
-from orchestrator.commands.queue_view import Queue, teams
+from orchestrator.commands.queue_view import Queue, claim_view, teams
 from orchestrator.commands.views import event_view
+from orchestrator.control.show import read_snapshot
+from orchestrator.recipe.teams import load_policy
 
 HOST_COLUMNS = ("host", "base", "ranks", "zero", "state", "slots", "adapter room", "tokens/tick", "residents")
-TEAM_COLUMNS = ("team", "running", "waiting", "ranks", "share")
+TEAM_COLUMNS = ("team", "running", "waiting", "ranks", "share", "weight", "quota", "used lately")
 EVENT_COLUMNS = ("when", "who", "attempt", "from", "to", "reason", "message")
 
 
@@ -45,7 +47,7 @@ def _host_cells(host: Any) -> tuple[str, ...]:
         room += f" of {host['adapter_room']:,}"
     aboard = [*host["residents"], *(f"{job} (scored)" for job in host["visitors"])]
     return (
-        *(host["name"], host["base"], str(host["world_size"]), host["zero"] or "", host["state"]),
+        *(host["name"], host["base"], str(host["world_size"]), host["zero"] or "", _state(host)),
         f"{len(host['residents'])} of {host['slots']}",
         room,
         str(host["tokens_per_tick"] or ""),
@@ -53,11 +55,22 @@ def _host_cells(host: Any) -> tuple[str, ...]:
     )
 
 
+def _state(host: Any) -> str:
+    """`saturated`: one more resident would only make the others slower."""
+    return "saturated" if host.get("saturated") else host["state"]
+
+
 def team_table(parts: Parts, home: Home, format: Format) -> None:
-    """Teams with unfinished jobs, and the share of the ranks in use that each holds now."""
+    """Teams with unfinished jobs: the share of the ranks in use that each has, and what its turn goes by."""
+    policy = load_policy(home.folder / "teams.yaml")
     with ExitStack() as stack:
         store = open_store(parts, home, stack)
-        rows = teams(store.unfinished_jobs(), Queue.read(store).hosts)
+        shown = read_snapshot(store)
+        usage = shown[0].usage if shown else dict[str, float]()
+        rows = [
+            {**row, **claim_view(policy, usage, row["team"])}
+            for row in teams(store.unfinished_jobs(), Queue.read(store).hosts)
+        ]
 
         def table(out: Console) -> None:
             cells = [
@@ -67,6 +80,8 @@ def team_table(parts: Parts, home: Home, format: Format) -> None:
                     str(row["waiting"]),
                     f"{row['ranks']:g}",
                     f"{row['share']:.0%}",
+                    *(f"{row[key]:g}" for key in ("weight", "quota")),
+                    f"{row['used_lately']:.1f}",
                 )
                 for row in rows
             ]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
+from orchestrator.commands.home import Home
 from orchestrator.commands.output import Format
 
 SETTINGS: dict[str, Any] = {
@@ -31,3 +32,11 @@ StoreUrl = Annotated[
 Output = Annotated[Format, typer.Option("--output", "-o", help="For people or for programs.")]
 Reference = Annotated[str, typer.Argument(metavar="NAME@REF", help="NAME@champion, NAME@3 or NAME/3.")]
 RegisteredName = Annotated[str, typer.Argument(help="Registered name.")]
+
+
+def home_of(folder: Path, store: str | None = None) -> Home:
+    return Home(folder.absolute(), store)
+
+
+def leave(code: int) -> NoReturn:
+    raise typer.Exit(code)

@@ -9,7 +9,9 @@ from typing import Any
 from orchestrator.commands.views import DEFAULT_TEAM
 from orchestrator.control.show import NAME
 from orchestrator.control.submission import read_order
+from orchestrator.fairness import past_ranks
 from orchestrator.job import Status
+from orchestrator.policy import Policy
 from orchestrator.store.rows import JobRow
 from orchestrator.store.store import Store
 
@@ -66,6 +68,13 @@ def seconds_left(store: Store, job: JobRow) -> float | None:
         return None
     pace = seconds_per_step(store, job)
     return None if pace is None else pace * (job.num_steps - job.step)
+
+
+def claim_view(policy: Policy, usage: Mapping[str, float], team: str) -> dict[str, float]:
+    """What a team may claim, and its decayed use in ranks: the lower that is, the sooner its turn."""
+    claim = policy.team(team)
+    lately = past_ranks(usage.get(team, 0.0), policy.half_life)
+    return {"weight": claim.weight, "quota": claim.quota, "used_lately": lately}
 
 
 def teams(jobs: Iterable[JobRow], hosts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -25,6 +25,8 @@ class Host:
     """Job in a slot -> its attempt. A cancelled one stays until the host says that it has left."""
     adapter_parameters: dict[str, int] = field(default_factory=dict[str, int])
     """Job in a slot -> parameters of its adapter."""
+    step_tokens: dict[str, int] = field(default_factory=dict[str, int])
+    """Job in a slot -> padded tokens of its last step, on all ranks."""
     visitors: set[str] = field(default_factory=set[str])
     idle_since: float | None = None
     """When it was first seen without anyone."""
@@ -32,6 +34,13 @@ class Host:
     @property
     def seated(self) -> set[str]:
         return set(self.residents) | self.visitors
+
+    @property
+    def saturated(self) -> bool:
+        """Whether a step of all its residents takes more than one tick of what it found to be its budget."""
+        if self.measured is None or self.measured.calibrating:
+            return False
+        return sum(self.step_tokens.values()) >= self.measured.tokens_per_tick * self.world_size
 
 
 class Fleet:
@@ -84,6 +93,7 @@ class Fleet:
             if host.residents.get(job) == attempt:
                 del host.residents[job]
                 del host.adapter_parameters[job]
+                host.step_tokens.pop(job, None)
 
     def vacate(self, job: str) -> None:
         """The job needs no host now. A slot is given back only by the host itself: `vacate_slot`."""

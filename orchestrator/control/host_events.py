@@ -61,7 +61,10 @@ def _hear(work: Work, host: Host, event: Event) -> None:
             _attached(work, event)
         case StepDone():
             work.host_failures.pop(host.base, None)
-            work.books.trained(event.job, event.padded_tokens or event.tokens)
+            tokens = event.padded_tokens or event.tokens
+            work.books.trained(event.job, tokens)
+            if host.residents.get(event.job) == event.attempt:
+                host.step_tokens[event.job] = tokens
         case TrainingFinished():
             _training_finished(work, host, event)
         case Detached():

@@ -87,5 +87,6 @@ def _host(host: Host, base: str | None) -> dict[str, Any]:
         "adapter_parameters": sum(host.adapter_parameters.values()),
         "adapter_room": measured.adapter_parameters if measured else None,
         "tokens_per_tick": measured.tokens_per_tick if measured else None,
+        "saturated": host.saturated,
         "load_seconds": ready.load_seconds if ready else None,
     }

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from orchestrator.policy import Policy, Team
 from orchestrator.recipe.file import read_yaml
@@ -41,8 +41,17 @@ class TeamsFile(Model):
     """A job that waited so long goes first in its team."""
     protection: Duration = int(Policy.protection)
     """A job is preempted at most once in so long."""
+    levels: tuple[Duration, ...] = tuple(int(bound) for bound in Policy.levels)
+    """Rising: rank-hours (like 4h) of service at which a job falls into the next queue of its team."""
     idle: Duration = int(Policy.idle)
     """How long a host that nobody needs is kept warm."""
+
+    @field_validator("levels")
+    @classmethod
+    def _rising(cls, levels: tuple[int, ...]) -> tuple[int, ...]:
+        if list(levels) != sorted(set(levels)):
+            raise ValueError("must rise, like [4h, 32h]")
+        return levels
 
 
 def load_policy(path: Path) -> Policy:
@@ -59,6 +68,7 @@ def load_policy(path: Path) -> Policy:
         half_life=file.half_life,
         most_waiting=file.most_waiting,
         protection=file.protection,
+        levels=file.levels,
         idle=file.idle,
         teams=teams,
     )

@@ -33,6 +33,8 @@ class TraceJob:
     base: str = ""
     """Jobs of one base may share its hosts; empty: a base of its own."""
     slots: int = 1
+    tick: float = 1.0
+    """How long its tick lasts alone, against others of its base."""
 
 
 def read_trace(path: Path, steps_per_second: float | None = None) -> tuple[TraceJob, ...]:

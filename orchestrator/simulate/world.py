@@ -1,7 +1,8 @@
 """The cluster in simulated time: hosts that load, residents that get on, what the scheduler is shown.
 
-A host takes `load` seconds to open. A tick of k residents lasts `shared + (1 - shared) * k` times one's:
-what they share (the pass of the base) costs once, their own part each. One told to leave has left at once.
+A host takes `load` seconds to open. A tick of residents lasts `shared` and what each of them adds to it: what
+they share (the pass of the base, its weights gathered) costs once, their own part each. Of k alike it lasts
+`shared + (1 - shared) * k` times one's. One told to leave has left at once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from orchestrator.queue import Need, Waiting
 from orchestrator.scheduler import Decision, Snapshot
 from orchestrator.simulate.traces import TraceJob
 
+KNEE = 0.9
+"""A host's budget is where it has so much of its best speed: `workers.budget`."""
 _ROUNDING = 1e-6
 
 
@@ -30,7 +33,8 @@ class Setting:
     load: float = 60.0
     """From opening a host to its first step."""
     shared: float = 0.0
-    """Part of a tick that residents share; 0: two take as long together as one after the other."""
+    """Part of a tick (of one that takes 1 alone) that residents share; 0: two take as long together as one
+    after the other."""
     steps_known: bool = False
     """Whether a job's steps to come are known once it has run, as a recipe's are."""
 
@@ -72,7 +76,8 @@ class SimHost:
 
     def all_done(self, now: float) -> float:
         """A time by which all its residents have ended, if nobody joins them."""
-        return max(now, self.ready) + sum(job.left for job in self.residents) * len(self.residents)
+        ticks = [job.trace.tick for job in self.residents] or [1.0]
+        return max(now, self.ready) + sum(job.left for job in self.residents) * sum(ticks) / min(ticks)
 
 
 class World:
@@ -117,7 +122,7 @@ class World:
             self._usage = grown(self._usage, held, seconds, self.policy.half_life)
         self.now = to
         while (arrival := self.next_arrival) is not None and arrival <= to:
-            self._arrive(self._trace[self._came])
+            self.arrive(self._trace[self._came])
             self._came += 1
 
     def _run(self, host: SimHost, to: float, had: dict[str, float]) -> None:
@@ -125,12 +130,12 @@ class World:
         begin = self.now
         while host.residents and begin < to:
             count = len(host.residents)
-            slower = self.setting.shared + (1 - self.setting.shared) * count
+            tick = self._tick(host)
             # While it loads, its ranks are held and nothing trains.
             start = max(begin, host.ready)
-            until = min(to, start + min(job.left for job in host.residents) * slower)
+            until = min(to, start + tick * min(job.left / job.trace.tick for job in host.residents))
             for job in host.residents:
-                job.left -= max(until - start, 0.0) / slower
+                job.left -= max(until - start, 0.0) * job.trace.tick / tick
                 service = (until - begin) * host.world_size / count
                 job.attained += service
                 had[job.team] = had.get(job.team, 0.0) + service
@@ -138,7 +143,13 @@ class World:
                 self._end(job, until)
             begin = until
 
-    def _arrive(self, trace: TraceJob) -> None:
+    def _tick(self, host: SimHost) -> float:
+        """How long a tick of its residents lasts."""
+        shared = self.setting.shared
+        return shared + sum(max(job.trace.tick - shared, 0.0) for job in host.residents)
+
+    def arrive(self, trace: TraceJob) -> None:
+        """A job is submitted now."""
         team = trace.team if self._fair else DEFAULT_TEAM
         job = SimJob(trace, team, trace.seconds, trace.submitted_at)
         self.jobs[trace.job] = job
@@ -194,8 +205,15 @@ class World:
     def _view(self, host: SimHost) -> HostView:
         residents = tuple(self._resident(job) for job in host.residents)
         return HostView(
-            host.name, host.base, host.world_size, host.slots, True, residents, idle_since=host.idle_since
+            *(host.name, host.base, host.world_size, host.slots, True, residents),
+            idle_since=host.idle_since,
+            saturated=self._saturated(host),
         )
+
+    def _saturated(self, host: SimHost) -> bool:
+        """As a host finds it: the residents' own parts are so much of a tick that it is near its best."""
+        own = self._tick(host) - self.setting.shared
+        return own > 0 and own >= KNEE * (own + self.setting.shared)
 
     def _resident(self, job: SimJob) -> Resident:
         return Resident(

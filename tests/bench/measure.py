@@ -26,6 +26,10 @@ PARITY = 1e-5
 """The contract in float32: adapters further apart did not get the same training."""
 
 
+class Skipped(Exception):
+    """What a case needs is not here; its message says what."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """How a run of the benchmarks was asked for."""

@@ -3,27 +3,27 @@
 The cluster is in memory, and its wire is not to be trusted: reports come late, twice, in another order, of
 attempts long over, or not at all. What a host that lives reports of a job's end does arrive some time, as
 `Cluster` promises; else nobody could know that a slot is free. `python -m tests.orchestrator.machine 10000`
-runs so many sequences.
+runs so many sequences; `--parts` and `--seed` share them out between processes (`machine_run`).
 """
 
 from __future__ import annotations
 
 import random
 import shutil
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import hypothesis
 import yaml
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
+    initialize,
     invariant,
     precondition,
     rule,
@@ -31,56 +31,26 @@ from hypothesis.stateful import (
 )
 
 from orchestrator.contracts import Capacity
+from orchestrator.control import controller as control
 from orchestrator.control.books import Books
 from orchestrator.control.controller import Controller
-from orchestrator.control.submission import new_run
 from orchestrator.job import Reason, Status
-from orchestrator.plan.plan import make_plan
-from orchestrator.recipe.pipeline import load_pipeline
+from orchestrator.queue import aged, order_key
+from orchestrator.scheduler import Decision, Snapshot, schedule
 from orchestrator.store import engine as store_engine
-from orchestrator.store.rows import NewRun
 from orchestrator.store.store import Store
 from tests.contract.memory_registry import MemoryRegistry
-from tests.orchestrator.fakes import FakeCluster
-from tests.orchestrator.recipe_files import finance, write_world, write_yaml
+from tests.orchestrator.machine_world import plans, scratch, template
+from tests.orchestrator.wire import Wire
 from workers import manifest
-from workers.types import Attached, CheckpointSaved, HostFailed, StepDone
+from workers.types import HostFailed
 
 MOST_RANKS = 6
 MAY_FAIL = {Reason.QUARANTINED, Reason.INTERNAL_ERROR, Reason.TOO_LARGE}
 """What a job may end with that hosts kept dying under, or for which nodes stayed away; nothing else fails."""
 TICKS_TO_END = 600
-MAY_BE_LOST = (Attached, StepDone, CheckpointSaved)
-
-
-class Wire(FakeCluster):
-    """Reports pass through a queue for each host, on which faults act."""
-
-    def __init__(self, ranks: int, old: Sequence[Any] = ()) -> None:
-        super().__init__(cpus=float(ranks))
-        self.queues: dict[str, list[Any]] = {}
-        self.faults_of_wire: list[Callable[[list[Any]], list[Any]]] = []
-        self.told: list[Any] = list(old)
-        """Everything ever reported: some of it comes again."""
-        self.held_back: set[str] = set()
-
-    def poll(self, host: str) -> list[Any]:
-        queue = self.queues.setdefault(host, [])
-        fresh = list(super().poll(host))
-        self.told += [event for event in fresh if hasattr(event, "attempt")]
-        while fresh and self.faults_of_wire:
-            fresh = self.faults_of_wire.pop()(fresh)
-        queue += fresh
-        if host in self.held_back:
-            return []
-        self.queues[host] = []
-        return queue
-
-    def lose(self, host: str) -> None:
-        """A rank dies: all of the host goes, and what was not delivered with it."""
-        self.stop_host(host)
-        self.held_back.discard(host)
-        self.queues[host] = [HostFailed("rank 1 died")]
+CONTENTS: Counter[str] = Counter()
+"""What the sequences of this process contained so far."""
 
 
 class Machine(RuleBasedStateMachine):
@@ -88,13 +58,13 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp(prefix="machine-", dir=_scratch()))
-        shutil.copytree(_template(), self.folder, dirs_exist_ok=True)
+        self.folder = Path(tempfile.mkdtemp(prefix="machine-", dir=scratch()))
+        shutil.copytree(template(), self.folder, dirs_exist_ok=True)
         self.now = 1e6
         self.random = random.Random(0)
         self.store = Store(f"sqlite:///{self.folder}/home/chorus.db", clock=lambda: self.now)
         self.registry: Any = MemoryRegistry(self.folder / "registry")
-        self.wire = Wire(4)
+        self.wire = Wire(4, CONTENTS)
         self.controller = self._start()
         self.seen: dict[str, tuple[Status, int]] = {}
         self.submitted = 0
@@ -107,22 +77,31 @@ class Machine(RuleBasedStateMachine):
 
     # ---- what users do ---------------------------------------------------------------------------------
 
+    @initialize(which=st.lists(st.integers(0, 5), min_size=2, max_size=6, unique=True))
+    def begin(self, which: list[int]) -> None:
+        for each in which:
+            self.submit(each, False)
+
     @rule(which=st.integers(0, 5), twice=st.booleans())
     def submit(self, which: int, twice: bool) -> None:
-        new = _plans()[which]
+        new = plans()[which]
         run = self.store.submit(new)
+        CONTENTS["submissions"] += 1
         if twice:
+            CONTENTS["submissions made twice"] += 1
             assert self.store.submit(new) == run
         self.submitted += 1
 
     @precondition(lambda self: self.submitted)
     @rule(data=st.data(), kind=st.sampled_from(["cancel", "pause", "resume", "priority"]))
     def request(self, data: st.DataObject, kind: Any) -> None:
+        CONTENTS[f"requests: {kind}"] += 1
         job = data.draw(st.sampled_from([job.id for job in self.store.jobs()]))
         self.store.request(job, kind, value=data.draw(st.integers(0, 100)) if kind == "priority" else None)
 
     @rule(quota=st.integers(0, 4), weight=st.sampled_from([0.5, 1.0, 3.0]))
     def change_quotas(self, quota: int, weight: float) -> None:
+        CONTENTS["changes of quotas and weights"] += 1
         teams = {"a": {"quota": quota}, "b": {"weight": weight}}
         (self.folder / "home" / "teams.yaml").write_text(yaml.safe_dump({"version": 1, "teams": teams}))
 
@@ -133,9 +112,11 @@ class Machine(RuleBasedStateMachine):
         for _ in range(count):
             self.now += 1.0
             self.controller.tick()
+        CONTENTS["ticks"] += count
 
     @rule(seconds=st.sampled_from([-7200.0, -1.0, 50.0, 1900.0, 90000.0]))
     def jump_clock(self, seconds: float) -> None:
+        CONTENTS["clock jumps forward" if seconds > 0 else "clock jumps back"] += 1
         self.now += seconds
 
     # ---- the wire --------------------------------------------------------------------------------------
@@ -145,19 +126,22 @@ class Machine(RuleBasedStateMachine):
     def hold_back(self, data: st.DataObject) -> None:
         self.wire.held_back ^= {data.draw(st.sampled_from(sorted(self.wire.hosts)))}
 
+    def _strike(self, fault: Callable[[list[Any]], list[Any]]) -> None:
+        """On the next reports, which come at once: else most sequences would end before."""
+        self.wire.faults_of_wire.append(fault)
+        self.tick(3)
+
     @rule()
     def double(self) -> None:
-        self.wire.faults_of_wire.append(
-            lambda events: [again for event in events for again in (event, event)]
-        )
+        self._strike(self.wire.doubled)
 
     @rule(seed=st.integers(0, 99))
     def reorder(self, seed: int) -> None:
-        self.wire.faults_of_wire.append(lambda events: random.Random(seed).sample(events, len(events)))
+        self._strike(lambda events: self.wire.reordered(events, seed))
 
     @rule()
     def drop(self) -> None:
-        self.wire.faults_of_wire.append(lambda events: [e for e in events if not isinstance(e, MAY_BE_LOST)])
+        self._strike(self.wire.dropped)
 
     @precondition(lambda self: self.wire.told and self.wire.hosts)
     @rule(data=st.data())
@@ -166,6 +150,7 @@ class Machine(RuleBasedStateMachine):
         host = data.draw(st.sampled_from(sorted(self.wire.hosts)))
         event = self.wire.told[data.draw(st.integers(0, len(self.wire.told) - 1))]
         self.wire.queues.setdefault(host, []).append(event)
+        CONTENTS["reports of long ago that came again"] += 1
 
     # ---- the machines ----------------------------------------------------------------------------------
 
@@ -176,10 +161,12 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def node_up(self) -> None:
+        CONTENTS["nodes up"] += 1
         self.wire.cpus = min(self.wire.cpus + 2, MOST_RANKS)
 
     @rule()
     def node_down(self) -> None:
+        CONTENTS["nodes down"] += 1
         self.wire.cpus = max(self.wire.cpus - 2, 0.0)
         for host in sorted(self.wire.hosts):
             if self.wire.capacity().cpus < 0:
@@ -189,7 +176,8 @@ class Machine(RuleBasedStateMachine):
     def crash_controller(self) -> None:
         """SIGKILL: its hosts go with it; what they told may come again to the next one."""
         written = self.store.scheduling.read()
-        self.wire = Wire(int(self.wire.cpus), self.wire.told)
+        CONTENTS["controller crashes"] += 1
+        self.wire = Wire(int(self.wire.cpus), CONTENTS, self.wire.told)
         self.controller = self._start()
         assert written is None or Books.open(self.store.scheduling).value() == written
         work = self.controller._work
@@ -266,61 +254,61 @@ class Machine(RuleBasedStateMachine):
             assert not left, left
             self.attempts_go_up_and_ends_stay()
             self.resources_are_conserved()
+            self._count_ends()
         finally:
             self.store.close()
             shutil.rmtree(self.folder)
 
-
-# ---- made once ------------------------------------------------------------------------------------------
-
-
-@cache
-def _scratch() -> Path:
-    """In memory where there is such a place."""
-    shared = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="chorus-machine-", dir=shared if shared.is_dir() else None))
+    def _count_ends(self) -> None:
+        CONTENTS["sequences"] += 1
+        for job in self.store.jobs():
+            CONTENTS[f"jobs that ended {job.status.value.lower()}"] += 1
 
 
-@cache
-def _template() -> Path:
-    """A world with an empty store."""
-    folder = write_world(_scratch() / "template")
-    (folder / "home").mkdir()
-    Store(f"sqlite:///{folder}/home/chorus.db").close()
-    return folder
+def watched(snapshot: Snapshot) -> Decision:
+    """`schedule`, and that it starves nobody: what gets free goes to who waited to the bound.
+
+    While a job of the bound waits for ranks and none are about to come, nobody behind it in its team has a
+    host opened.
+    """
+    decision = schedule(snapshot)
+    CONTENTS["decisions"] += 1
+    CONTENTS["preemptions"] += len(decision.preempt)
+    if decision.preempt or any(r.leaving for host in snapshot.hosts for r in host.residents):
+        return decision
+    opener = {host: job for job, host in reversed(decision.placements.items())}
+    openers = {opener[host.name] for host in decision.start_hosts}
+    for job in snapshot.waiting:
+        if decision.refusals.get(job.job) is Reason.WAITS_FOR_HOST and aged(
+            job, snapshot.policy, snapshot.now
+        ):
+            CONTENTS["decisions on a job that had waited to the bound"] += 1
+            key = order_key(job, snapshot.policy, snapshot.now)
+            passed = [
+                other.job
+                for other in snapshot.waiting
+                if other.job in openers
+                and other.team == job.team
+                and order_key(other, snapshot.policy, snapshot.now) > key
+            ]
+            assert not passed, (job.job, passed)
+    return decision
 
 
-@cache
-def _plans() -> tuple[NewRun, ...]:
-    folder = _template()
-    bases = {"narrow": 1, "wide": 2, "widest": 4}
-    for name, size in bases.items():
-        write_yaml(folder / "bases" / f"{name}.yaml", {"model": "tiny", "world_size": size, "slots": 2})
-    made: list[NewRun] = []
-    for number in range(6):
-        base = list(bases)[number % 3]
-        schedule = {"team": "ab"[number % 2], "priority": 50 + 10 * (number == 5)}
-        recipe = finance(
-            name=f"job-{number}",
-            base_model=f"bases/{base}.yaml",
-            max_steps=3 + number,
-            seed=number,
-            schedule=schedule,
-        )
-        path = write_yaml(folder / f"job-{number}.yaml", recipe)
-        made.append(new_run(make_plan(load_pipeline(path))))
-    return tuple(made)
+def check(sequences: int, steps: int = 30, seed: int | None = None) -> Counter[str]:
+    """Run so many sequences of rules; what they contained.
 
-
-def check(sequences: int, steps: int = 30) -> None:
-    """Run so many sequences of rules. Raises AssertionError with the shortest one that breaks something."""
+    Raises AssertionError with the shortest one that breaks something.
+    """
+    CONTENTS.clear()
     pragmas = ("synchronous = OFF", "journal_mode = MEMORY", "foreign_keys = ON")
     with (
         patch.object(store_engine, "SQLITE_PRAGMAS", pragmas),
         patch.object(manifest.os, "fsync", lambda descriptor: None),
+        patch.object(control, "schedule", watched),
     ):
         run_state_machine_as_test(
-            Machine,
+            Machine if seed is None else hypothesis.seed(seed)(type("Machine", (Machine,), {})),
             settings=settings(
                 max_examples=sequences,
                 stateful_step_count=steps,
@@ -329,14 +317,10 @@ def check(sequences: int, steps: int = 30) -> None:
                 print_blob=True,
             ),
         )
-
-
-def main() -> None:
-    sequences = int(sys.argv[1])
-    start = time.monotonic()
-    check(sequences)
-    print(f"{sequences} sequences, no invariant broken, {time.monotonic() - start:.0f} s")
+    return Counter(CONTENTS)
 
 
 if __name__ == "__main__":
+    from tests.orchestrator.machine_run import main
+
     main()

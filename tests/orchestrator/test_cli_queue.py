@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from contextlib import contextmanager
@@ -10,7 +11,9 @@ import pytest
 
 from orchestrator.commands import run as run_command
 from orchestrator.commands.explaining import explanation
+from orchestrator.commands.queue_view import claim_view
 from orchestrator.job import Reason
+from orchestrator.policy import Policy
 from tests.orchestrator.cli_world import CliWorld, assert_one_sentence
 from tests.orchestrator.fakes import FakeCluster
 from tests.orchestrator.recipe_files import write_yaml
@@ -238,6 +241,17 @@ def test_teams_hold_shares_of_the_ranks_in_use(world):
         ("default", 2.0, pytest.approx(1 / 3)),
         ("desk", 4.0, pytest.approx(2 / 3)),
     ]
+
+
+def test_teams_show_what_their_turn_goes_by(world):
+    world.chorus("submit", world.one_job(schedule={"team": "desk"}))
+    write_yaml(world.home.folder / "teams.yaml", {"version": 1, "teams": {"desk": {"weight": 3, "quota": 2}}})
+    (row,) = world.read("teams")
+    assert (row["team"], row["weight"], row["quota"], row["used_lately"]) == ("desk", 3, 2, 0)
+    day = Policy(half_life=86400.0)
+    always_two = 2 * day.half_life / math.log(2)
+    assert claim_view(day, {"desk": always_two}, "desk")["used_lately"] == pytest.approx(2)
+    assert "used lately" in world.chorus("teams").stdout
 
 
 def test_explain_names_who_goes_first_and_what_would_have_to_be_freed(world, monkeypatch):

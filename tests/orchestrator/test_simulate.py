@@ -57,6 +57,23 @@ def test_simulate_las_preempts_the_job_that_had_more_service():
     assert outcome.summary.preemptions == 1
 
 
+def test_simulate_residents_of_unequal_ticks_share_the_pass_of_the_base():
+    # Alone a tick takes 1.0 and 3.0, of which 0.5 are shared: together 0.5 + 0.5 + 2.5.
+    small = TraceJob("small", 0, 100, 1, base="b", slots=2, tick=1.0)
+    large = TraceJob("large", 0, 900, 1, base="b", slots=2, tick=3.0)
+    found = ends(ran(small, large, shared=0.5))
+    assert found["small"] == pytest.approx(100 * 3.5)
+    assert found["large"] == pytest.approx(350 + (300 - 100) * 3.0)
+
+
+def test_simulate_saturated_host_gets_a_second_one_where_ranks_are_free():
+    jobs = [TraceJob(name, at, 1000, 1, base="b", slots=8) for name, at in (("a", 0), ("b", 10))]
+    assert ends(ran(*jobs, ranks=2, shared=0.05)) == {"a": 1000, "b": 1010}
+    # 10 s alone, 990 steps of 1.2 s for both, and b's last 10 alone.
+    joined = ends(ran(*jobs, ranks=2, shared=0.8))
+    assert joined == {"a": pytest.approx(1198), "b": pytest.approx(1208)}
+
+
 def test_simulate_two_backlogged_teams_have_equal_shares():
     jobs = [TraceJob(f"{team}{i}", 0, HOUR, 1, team) for team in "ab" for i in range(20)]
     found = ran(*jobs, ranks=4).summary
