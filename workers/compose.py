@@ -145,7 +145,7 @@ def _grouped_lengths(rows_of: Mapping[int, int], world_size: int, longest: int) 
         rows, options = 0, []
         for start in range(stop - 1, -1, -1):
             rows += rows_of[lengths[start]]
-            length = _meeting_length(lengths[stop - 1], -(-rows // world_size), longest)
+            length = meeting_length(lengths[stop - 1], -(-rows // world_size), longest)
             options.append((best[start][0] + rows * length + PASS_TOKENS * world_size, start))
         best.append(min(options))
     padded_to: dict[int, int] = {}
@@ -153,13 +153,13 @@ def _grouped_lengths(rows_of: Mapping[int, int], world_size: int, longest: int) 
     while stop:
         start = best[stop][1]
         rows = sum(rows_of[length] for length in lengths[start:stop])
-        length = _meeting_length(lengths[stop - 1], -(-rows // world_size), longest)
+        length = meeting_length(lengths[stop - 1], -(-rows // world_size), longest)
         padded_to |= dict.fromkeys(lengths[start:stop], length)
         stop = start
     return padded_to
 
 
-def _meeting_length(length: int, rows_per_rank: int, longest: int) -> int:
+def meeting_length(length: int, rows_per_rank: int, longest: int) -> int:
     """`length`, or the coarser one where other jobs are met if getting there costs less than a pass."""
     coarse = max(length, min(padded_length(length), longest))
     return coarse if rows_per_rank * (coarse - length) <= PASS_TOKENS else length

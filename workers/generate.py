@@ -3,39 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from transformers import GenerationConfig
 
-from workers.ranks import Ranks
+from workers.compose import meeting_length
+from workers.head import SAME_KERNEL_ROWS
+from workers.reading import Chunk, Reader, read_all
 
 TOKENS_PER_PASS = 4096
 """Padded tokens, replies included, that one batch may hold in its cache."""
 
 
-def greedy_replies(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    stop_ids: Sequence[int],
-    pad_id: int,
-    ranks: Ranks,
-    device: torch.device,
-) -> list[list[int]]:
-    """The greedy reply to each prompt, without its stop token. Collective; the same on every rank."""
-    config = _greedy(max_new_tokens, stop_ids, pad_id)
-    batches = list(_cut(prompts, max_new_tokens))
-    found: dict[int, list[int]] = {}
-    for number in range(0, len(batches), ranks.world_size):
-        # As in scoring: a rank without a batch of its own repeats the last one.
-        mine = batches[min(number + ranks.rank, len(batches) - 1)]
-        replies = _generate(model, [prompts[i] for i in mine], config, ranks.world_size > 1, device)
-        found |= {i: _until(reply, stop_ids) for i, reply in zip(mine, replies, strict=True)}
-    merged: dict[int, list[int]] = {}
-    for part in ranks.gather(found):
-        merged |= part
-    return [merged[i] for i in range(len(prompts))]
+@dataclass(frozen=True)
+class Asked:
+    """What one candidate is to reply to; `slot` is its adapter's, None for the base."""
+
+    slot: int | None
+    prompts: Sequence[Sequence[int]]
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+
+
+def greedy_replies(reader: Reader, candidates: Sequence[Asked]) -> list[list[list[int]]]:
+    """Each candidate's greedy reply to each of its prompts, without the stop token. Collective."""
+    chunks = [
+        chunk for number, asked in enumerate(candidates) for chunk in _cut(number, asked, reader.longest)
+    ]
+
+    def read(mine: tuple[Chunk, ...]) -> dict[tuple[int, int], list[int]]:
+        asked = candidates[mine[0].candidate]
+        keys = [(chunk.candidate, item) for chunk in mine for item in chunk.items]
+        prompts = [candidates[number].prompts[item] for number, item in keys]
+        if _filled(mine[0]):
+            prompts += [prompts[0]] * (SAME_KERNEL_ROWS - len(prompts))
+        config = _greedy(asked.max_new_tokens, asked.stop_ids, reader.pad_id)
+        replies = _generate(reader, prompts, mine[0].kind[0], config)
+        return {key: _until(reply, asked.stop_ids) for key, reply in zip(keys, replies, strict=False)}
+
+    found = read_all(reader, chunks, read)
+    return [
+        [found[number, item] for item in range(len(asked.prompts))] for number, asked in enumerate(candidates)
+    ]
 
 
 def _greedy(max_new_tokens: int, stop_ids: Sequence[int], pad_id: int) -> GenerationConfig:
@@ -56,36 +66,50 @@ def _greedy(max_new_tokens: int, stop_ids: Sequence[int], pad_id: int) -> Genera
     )
 
 
-def _cut(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Generator[list[int]]:
-    """Indices of prompts of similar length together, the longest first."""
+def _cut(number: int, asked: Asked, longest: int) -> Generator[Chunk]:
+    """Prompts of similar length together, the longest first."""
+    prompts = asked.prompts
     batch: list[int] = []
-    for index in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
-        if batch and (len(batch) + 1) * (len(prompts[batch[0]]) + max_new_tokens) > TOKENS_PER_PASS:
-            yield batch
+    for item in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+        if batch and (len(batch) + 1) * (len(prompts[batch[0]]) + asked.max_new_tokens) > TOKENS_PER_PASS:
+            yield _chunk(number, asked, batch, longest)
             batch = []
-        batch.append(index)
+        batch.append(item)
     if batch:
-        yield batch
+        yield _chunk(number, asked, batch, longest)
+
+
+def _chunk(number: int, asked: Asked, items: Sequence[int], longest: int) -> Chunk:
+    """A step of decoding is a product with a row a reply, and fewer rows than 16 may take another kernel,
+    with other last bits. So a pass of fewer is filled up; one in which 16 have no room is this chunk's alone.
+    """
+    length = meeting_length(len(asked.prompts[items[0]]), len(items), longest)
+    whole = length + asked.max_new_tokens
+    owner = None if SAME_KERNEL_ROWS * whole <= TOKENS_PER_PASS else number
+    padded = any(len(asked.prompts[item]) < length for item in items)
+    kind = (length, asked.max_new_tokens, asked.stop_ids, padded, owner)
+    return Chunk(number, asked.slot, tuple(items), kind, len(items) * whole / TOKENS_PER_PASS)
+
+
+def _filled(chunk: Chunk) -> bool:
+    return chunk.kind[-1] is None
 
 
 def _generate(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    config: GenerationConfig,
-    in_step: bool,
-    device: torch.device,
+    reader: Reader, prompts: Sequence[Sequence[int]], length: int, config: GenerationConfig
 ) -> list[list[int]]:
     """Prompts are padded on the left, as generation needs: a reply continues the last column."""
-    length = max(len(prompt) for prompt in prompts)
     gaps = [length - len(prompt) for prompt in prompts]
     pad_id = int(config.pad_token_id)
     ids = torch.tensor(
-        [[pad_id] * gap + list(p) for gap, p in zip(gaps, prompts, strict=True)], device=device
+        [[pad_id] * gap + list(p) for gap, p in zip(gaps, prompts, strict=True)], device=reader.device
     )
-    mask = torch.tensor([[0] * gap + [1] * (length - gap) for gap in gaps], device=device)
+    mask = torch.tensor([[0] * gap + [1] * (length - gap) for gap in gaps], device=reader.device)
     with torch.no_grad():
         # synced_gpus keeps a rank stepping until the last one has finished, also on CPUs.
-        out = model.generate(ids, attention_mask=mask, generation_config=config, synced_gpus=in_step)
+        out = reader.model.generate(
+            ids, attention_mask=mask, generation_config=config, synced_gpus=reader.ranks.world_size > 1
+        )
     return out[:, length:].tolist()
 
 

@@ -14,13 +14,11 @@ from pathlib import Path
 import torch
 
 from workers import checkpoint
-from workers.adapter import Adapter, read_adapter
+from workers.adapter import Adapter
 from workers.base import Base, load_base
 from workers.capacity import Capacity
 from workers.compose import MicroBatch, compose
-from workers.evaluate import evaluate
-from workers.lora import ALL_ROWS, Segment
-from workers.manifest import verify_folder
+from workers.evaluations import Evaluations
 from workers.passes import Passes
 from workers.ranks import Ranks
 from workers.resident import Resident, settle
@@ -37,9 +35,6 @@ from workers.types import (
     Detach,
     Detached,
     Evaluate,
-    EvaluationDone,
-    EvaluationFailed,
-    EvaluationReport,
     Event,
     HostReady,
     JobSpec,
@@ -65,6 +60,7 @@ class Host:
         self._credit: dict[str, int] = {}
         self._slots = count()
         self._searches = Searches(base, ranks, self._slots)
+        self._evaluations = Evaluations(base, ranks, self._slots)
 
     @classmethod
     def load(cls, base: BaseSpec, ranks: Ranks) -> Host:
@@ -74,12 +70,19 @@ class Host:
 
     @property
     def busy(self) -> bool:
-        """Whether a tick has anything to do: train, search, or see what is being saved reach the disk."""
-        return bool(self.residents) or self._searches.under_way or self._saves.under_way
+        """Whether a tick has anything to do: train, score, search, or see what is saved reach the disk."""
+        return bool(self.residents) or self._judging or self._saves.under_way
+
+    @property
+    def _judging(self) -> bool:
+        return self._searches.under_way or self._evaluations.under_way
 
     def close(self) -> list[Event]:
-        """Returns when all that was being saved is durable, and says so."""
-        events = self._saved(lambda _: True)
+        """Returns when all that was asked is scored and all that was being saved is durable, and says so."""
+        events: list[Event] = []
+        while self._evaluations.under_way:
+            events += self._evaluations.go_on(self._has_room)
+        events += self._saved(lambda _: True)
         self._saves.close()
         self.residents.clear()
         self.ranks.close()
@@ -88,12 +91,14 @@ class Host:
     # -- the tick --------------------------------------------------------------------------------------
 
     def tick(self) -> list[Event]:
-        """What has become durable is told, the residents train, and every search makes a trial.
+        """What has become durable is told, what waits to be scored is, the residents train, and every search
+        makes a trial.
 
-        With nobody to train or search for it waits for what is not durable yet.
+        With none of these to do it waits for what is not durable yet.
         """
-        idle = not self._training and not self._searches.under_way
+        idle = not self._training and not self._judging
         events = self._saved(lambda _: idle)
+        events += self._evaluations.go_on(self._has_room)
         if training := self._training:
             events += self._train(training)
         return events + self._searches.go_on()
@@ -136,6 +141,10 @@ class Host:
     def adapter_parameters(self) -> int:
         """Of all slots together."""
         return sum(resident.adapter_parameters for resident in self.residents.values())
+
+    def _has_room(self, parameters: int) -> bool:
+        """For slots of so many parameters beside the residents', by the memory model."""
+        return self.capacity.takes(self.adapter_parameters + parameters)
 
     def _run(self, micro_batch: MicroBatch) -> bool:
         """One pass; its chunks are done. False, and nothing done, if memory ran out."""
@@ -239,7 +248,8 @@ class Host:
             case Detach(job, attempt):
                 return self._detach(job, attempt)
             case Evaluate():
-                return [self._evaluate(command)]
+                self._evaluations.begin(command)
+                return []
             case SearchWeights(request, spec):
                 self._searches.begin(request, spec)
                 return []
@@ -291,23 +301,6 @@ class Host:
             return events  # it could not be saved
         self._leave(resident)
         return [*events, Detached(job, attempt, resident.step)]
-
-    def _evaluate(self, command: Evaluate) -> Event:
-        started, slot = time.monotonic(), next(self._slots)
-        report, problem = on_all(self.ranks, lambda: self._score(command, slot))
-        self.base.adapters.free(slot)
-        if problem:
-            return EvaluationFailed(command.request, problem[1])
-        return EvaluationDone(command.request, report, time.monotonic() - started)
-
-    def _score(self, command: Evaluate, slot: int) -> EvaluationReport:
-        base, segments = self.base, []
-        if command.adapter_dir is not None:
-            verify_folder(Path(command.adapter_dir))
-            base.slots.load(slot, read_adapter(Path(command.adapter_dir)))
-            segments = [Segment(slot, 0, ALL_ROWS)]
-        with base.adapters.rows(segments), torch.no_grad():
-            return evaluate(base.model, base.tokenizer, self.ranks, command.evaluation, base.device)
 
     # -- leaving, saving, and what can go wrong --------------------------------------------------------
 

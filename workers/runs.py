@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.head import SAME_KERNEL_ROWS
 from workers.products import Batched, Grouped
 from workers.slots import Factors
 
@@ -124,8 +125,9 @@ class ExactRun(Run):
             dx_ND.copy_(self._dropped(self.products.by_columns(d_down_Nr, kept.a)))
 
     def alike(self, other: Run) -> bool:
-        """Among equals alone does a batched product keep every job's bits."""
-        same_size = self.stop - self.start == other.stop - other.start
+        """Among equals that are not too few rows alone does a batched product keep every job's bits."""
+        rows = self.stop - self.start
+        same_size = rows == other.stop - other.start and rows >= SAME_KERNEL_ROWS
         return same_size and self.rank == other.rank and self.scaling_is_exact == other.scaling_is_exact
 
 

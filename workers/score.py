@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from workers.choices import Choice
+from workers.compose import meeting_length
 from workers.data import IGNORE
 from workers.head import target_logits
-from workers.ranks import Ranks
+from workers.reading import Chunk, Reader, read_all
 from workers.rows import Row
 
 TOKENS_PER_PASS = 4096
@@ -111,67 +112,89 @@ def can_share(model: Any) -> bool:
 
 
 def likelihoods(
-    model: Any, passages: Sequence[Passage], ranks: Ranks, device: torch.device, pad_id: int
-) -> list[Likelihood]:
-    """Every score, in order, the same on every rank. Collective.
+    reader: Reader, candidates: Sequence[tuple[int | None, Sequence[Passage]]]
+) -> list[list[Likelihood]]:
+    """Every score of each candidate, in order, the same on every rank. Collective.
 
-    The passes are cut from the passages alone, so a score does not depend on the number of ranks.
+    A candidate is the slot of its adapter (None: the base) and its passages.
     """
-    vocabulary = model.config.get_text_config().vocab_size
-    passes = list(_cut(passages, vocabulary))
-    found: dict[int, Likelihood] = {}
-    for number in range(0, len(passes), ranks.world_size):
-        # A rank without a pass of its own repeats the last one: a partitioned base needs every rank.
-        mine = passes[min(number + ranks.rank, len(passes) - 1)]
-        found |= _forward(model, mine, device, pad_id)
-    merged: dict[int, Likelihood] = {}
-    for part in ranks.gather(found):
-        merged |= part
-    return [merged[score] for score in sorted(merged)]
+    vocabulary = reader.model.config.get_text_config().vocab_size
+    chunks = [
+        chunk
+        for candidate, (slot, passages) in enumerate(candidates)
+        for chunk in _cut(candidate, slot, passages, vocabulary, reader.longest)
+    ]
+
+    def read(mine: tuple[Chunk, ...]) -> dict[tuple[int, int], Likelihood]:
+        passages = [candidates[chunk.candidate][1][item] for chunk in mine for item in chunk.items]
+        owners = [chunk.candidate for chunk in mine for _ in chunk.items]
+        return _forward(reader, mine[0].kind[0], passages, owners)
+
+    found = read_all(reader, chunks, read)
+    scores: list[list[Likelihood]] = [[] for _ in candidates]
+    for candidate, score in sorted(found):
+        scores[candidate].append(found[candidate, score])
+    return scores
 
 
-def _cut(passages: Sequence[Passage], vocabulary: int) -> Generator[list[Passage]]:
-    """Passages of similar length together, the longest first."""
-    batch: list[Passage] = []
+def _cut(
+    candidate: int, slot: int | None, passages: Sequence[Passage], vocabulary: int, longest: int
+) -> Generator[Chunk]:
+    """Passages of similar length together, the longest first; a chunk is at most a pass."""
+    chunk: list[int] = []
     targets = 0
-    for passage in sorted(passages, key=lambda passage: -len(passage.input_ids)):
-        targets += len(passage.at)
-        padded = (len(batch) + 1) * len((batch or [passage])[0].input_ids)
-        if batch and (padded > TOKENS_PER_PASS or targets * vocabulary > LOGITS_PER_PASS):
-            yield batch
-            batch, targets = [], len(passage.at)
-        batch.append(passage)
-    if batch:
-        yield batch
+
+    def cut() -> Chunk:
+        length = meeting_length(len(passages[chunk[0]].input_ids), len(chunk), longest)
+        forked = any(passages[item].forked for item in chunk)
+        share = max(len(chunk) * length / TOKENS_PER_PASS, targets * vocabulary / LOGITS_PER_PASS)
+        return Chunk(candidate, slot, tuple(chunk), (length, forked), share)
+
+    for item in sorted(range(len(passages)), key=lambda item: -len(passages[item].input_ids)):
+        more = targets + len(passages[item].at)
+        padded = (len(chunk) + 1) * len(passages[chunk[0] if chunk else item].input_ids)
+        if chunk and (padded > TOKENS_PER_PASS or more * vocabulary > LOGITS_PER_PASS):
+            yield cut()
+            chunk, more = [], len(passages[item].at)
+        chunk.append(item)
+        targets = more
+    if chunk:
+        yield cut()
 
 
 @torch.no_grad()
 def _forward(
-    model: Any, batch: Sequence[Passage], device: torch.device, pad_id: int
-) -> dict[int, Likelihood]:
-    length = len(batch[0].input_ids)
-    inputs: dict[str, Tensor] = {"input_ids": _padded([p.input_ids for p in batch], length, pad_id)}
-    if any(passage.forked for passage in batch):
-        inputs["position_ids"] = _padded([p.position_ids for p in batch], length, 0)
-        branches_RT = _padded([p.branches for p in batch], length, -1)
+    reader: Reader, length: int, passages: Sequence[Passage], owners: Sequence[int]
+) -> dict[tuple[int, int], Likelihood]:
+    """(candidate, score) -> what was found; passage k is candidate `owners[k]`'s."""
+    model, device = reader.model, reader.device
+    inputs: dict[str, Tensor] = {"input_ids": _padded([p.input_ids for p in passages], length, reader.pad_id)}
+    if any(passage.forked for passage in passages):
+        inputs["position_ids"] = _padded([p.position_ids for p in passages], length, 0)
+        branches_RT = _padded([p.branches for p in passages], length, -1)
         inputs["attention_mask"] = _fork_mask(branches_RT, model.dtype)
-    at_P = torch.tensor([row * length + i for row, p in enumerate(batch) for i in p.at], device=device)
-    targets_P = torch.tensor([target for p in batch for target in p.targets], device=device)
+    at_P = torch.tensor([row * length + i for row, p in enumerate(passages) for i in p.at], device=device)
+    targets_P = torch.tensor([target for p in passages for target in p.targets], device=device)
     inputs = {name: value.to(device) for name, value in inputs.items()}
     # All answers of a prompt begin at its end: the head runs once for a position, whatever follows it.
     at_U, back_P = at_P.unique(return_inverse=True)
+    if len(at_U) == 1:
+        at_U = at_U.repeat(
+            2
+        )  # the sum over a lone row's words is taken in another order than over one of many
     logits_UV = target_logits(model, at_U, use_cache=False, **inputs)
-    return _sums([score for p in batch for score in p.scores], logits_UV, back_P, targets_P)
+    keys = [(owner, score) for owner, p in zip(owners, passages, strict=True) for score in p.scores]
+    return _sums(keys, logits_UV, back_P, targets_P)
 
 
 def _sums(
-    scores: Sequence[int], logits_UV: Tensor, back_P: Tensor, targets_P: Tensor
-) -> dict[int, Likelihood]:
+    scores: Sequence[tuple[int, int]], logits_UV: Tensor, back_P: Tensor, targets_P: Tensor
+) -> dict[tuple[int, int], Likelihood]:
     """Per score, the sum of log softmax(logits)[target]; target p is predicted by row `back_P[p]`."""
     logits_UV = logits_UV.to(torch.promote_types(logits_UV.dtype, torch.float32))
     chosen_P = logits_UV[back_P, targets_P] - logits_UV.logsumexp(1)[back_P]
     correct_P = logits_UV.argmax(1)[back_P] == targets_P
-    sums: dict[int, Likelihood] = {}
+    sums: dict[tuple[int, int], Likelihood] = {}
     for score, chosen, correct in zip(scores, chosen_P.tolist(), correct_P.tolist(), strict=True):
         so_far = sums.get(score, Likelihood(0.0, 0, 0))
         sums[score] = Likelihood(

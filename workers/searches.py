@@ -6,17 +6,15 @@ weights that all ranks try.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import torch
 
 from workers.adapter import Adapter, read_adapter
 from workers.base import Base
-from workers.evaluate import evaluate
+from workers.evaluate import Candidate, evaluate_together
 from workers.fuse import fuse_folders
-from workers.lora import ALL_ROWS, Segment
 from workers.ranks import Ranks
+from workers.reading import Reader
 from workers.search import Search, best_plan, fused_by, key_of, read_table, write_table
 from workers.together import on_all, on_first
 from workers.types import BadInput, EvaluationFailed, Event, SearchDone, SearchSpec, SearchTask
@@ -65,29 +63,34 @@ class Searches:
             former = broadcast(read_table(search.spec) if rank == 0 else None)
             search.parents, search.trials = former.parents, former.trials
         if not search.parents:
-            search.parents = {
-                key_of(task): self._metric(task, read_adapter(Path(folder)))
-                for task, folder in zip(tasks, folders, strict=True)
-            }
+            for task, folder in zip(tasks, folders, strict=True):
+                (found,) = self._scores([task], read_adapter(Path(folder)))
+                if isinstance(found, BadInput):
+                    search.parents = {}
+                    raise found
+                search.parents[key_of(task)] = found
         if not search.finished:
             weights = broadcast(search.next_weights() if rank == 0 else None)
-            fused = fused_by(search.spec.plan, search.spec.groups, weights)
-            search.trials.append(search.judge(weights, {key_of(t): self._tried(t, fused) for t in tasks}))
+            scores = self._scores(tasks, fused_by(search.spec.plan, search.spec.groups, weights))
+            # No score for weights that yield no finite one: the parents were scored, so the rows are good.
+            found = {
+                key_of(t): None if isinstance(s, BadInput) else s for t, s in zip(tasks, scores, strict=True)
+            }
+            search.trials.append(search.judge(weights, found))
         return search
 
-    def _tried(self, task: SearchTask, adapter: Adapter) -> float | None:
-        """None for weights that yield no finite scores: the parents were scored, so the rows are good."""
-        try:
-            return self._metric(task, adapter)
-        except BadInput:
-            return None
-
-    def _metric(self, task: SearchTask, adapter: Adapter) -> float:
+    def _scores(self, tasks: Sequence[SearchTask], adapter: Adapter) -> list[float | BadInput]:
+        """Of one adapter on each task, in shared passes."""
         base, slot = self._base, next(self._slots)
+        reader = Reader(base.model, self._ranks, base.device, base.pad_id, base.adapters)
         base.slots.load(slot, adapter)
         try:
-            with base.adapters.rows([Segment(slot, 0, ALL_ROWS)]), torch.no_grad():
-                report = evaluate(base.model, base.tokenizer, self._ranks, task.evaluation, base.device)
+            reports = evaluate_together(
+                reader, base.tokenizer, [Candidate(slot, t.evaluation) for t in tasks]
+            )
         finally:
             base.adapters.free(slot)
-        return report.metrics[task.metric]
+        return [
+            report if isinstance(report, BadInput) else report.metrics[task.metric]
+            for task, report in zip(tasks, reports, strict=True)
+        ]

@@ -6,6 +6,7 @@ Steps of a job are done in order, one at a time. Nothing here decides who goes f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from orchestrator.plan.steps import (
 from orchestrator.policy import DEFAULT_TEAM
 from orchestrator.queue import Need, Waiting
 from orchestrator.store.rows import JobRow
-from workers.types import Attach, Evaluate, ExportTask, FuseTask, SearchSpec, SearchWeights, Task
+from workers.types import Attach, Command, Evaluate, ExportTask, FuseTask, SearchSpec, SearchWeights, Task
 
 
 class Steps:
@@ -62,7 +63,7 @@ class Steps:
             self._work.leave(job)
             return self._ask(job, order, remaining)
         if host.ready is not None:
-            self._send(job, order, remaining[0], host)
+            self._send_all(job, order, remaining, host)
         return None
 
     def _ask(self, job: JobRow, order: Order, remaining: tuple[Step, ...]) -> Waiting | None:
@@ -103,21 +104,27 @@ class Steps:
 
     # ---- on a host -------------------------------------------------------------------------------------
 
-    def _send(self, job: JobRow, order: Order, step: Step, host: Host) -> None:
+    def _send_all(self, job: JobRow, order: Order, remaining: tuple[Step, ...], host: Host) -> None:
+        """The next step; if it is to score, all that is to be scored next: a host does that together."""
+        scores = takewhile(lambda step: isinstance(step.what, EvaluateWhat), remaining)
+        asked = [step for step in scores if step.id not in self._work.flights] or [remaining[0]]
+        # All are made before one is sent: a folder that is lost keeps all back.
+        for step, command in [(step, self._command(job, order, step)) for step in asked]:
+            self._work.depart(step, job, host.name)
+            self._work.cluster.send(host.name, command)
+        if job.status is Status.STARTING and not isinstance(remaining[0].what, TrainWhat):
+            self._work.switch(job.id, Reason.ATTACHED)
+
+    def _command(self, job: JobRow, order: Order, step: Step) -> Command:
         if isinstance(step.what, TrainWhat):
             folder = str(self._ledger.checkpoint_dir(step.id))
             spec = step.what.attempt(job.id, job.attempt, folder, lambda name: self._folder(order, name))
-            command = Attach(spec)
-        elif isinstance(step.what, SearchWhat):
-            command = SearchWeights(step.id, self._search(order, step.id, step.what))
-        else:
-            assert isinstance(step.what, EvaluateWhat), f"a host does not do {step.kind}"
-            folder = self._folder_of(order, step.what.adapter)
-            command = Evaluate(step.id, folder, step.what.evaluation)
-        self._work.depart(step, job, host.name)
-        self._work.cluster.send(host.name, command)
-        if job.status is Status.STARTING and not isinstance(command, Attach):
-            self._work.switch(job.id, Reason.ATTACHED)
+            return Attach(spec)
+        if isinstance(step.what, SearchWhat):
+            return SearchWeights(step.id, self._search(order, step.id, step.what))
+        assert isinstance(step.what, EvaluateWhat), f"a host does not do {step.kind}"
+        folder = self._folder_of(order, step.what.adapter)
+        return Evaluate(step.id, folder, step.what.evaluation)
 
     def _search(self, order: Order, step: str, what: SearchWhat) -> SearchSpec:
         plan = self._fuse_task(order, what.fuse, step)

@@ -16,9 +16,11 @@ from orchestrator.recipe.fuse_block import Fuse
 
 @dataclass(frozen=True)
 class Compared:
-    """`scores[what][task]` is an evaluate step; `steps` are all that this takes, in order."""
+    """`scores[what][task]` is an evaluate step; `made` and then `steps` are all that this takes, in order."""
 
     scores: Mapping[str, Mapping[str, str]]
+    made: tuple[Step, ...]
+    """The adapters that are for comparison alone."""
     steps: tuple[Step, ...]
 
 
@@ -32,7 +34,7 @@ class _Scored:
 def plan(fuse: Fuse, sources: Sequence[Source], fused: Step) -> Compared:
     """Nothing where the recipe wants none."""
     if fuse.controls is None:
-        return Compared({}, ())
+        return Compared({}, (), ())
     extra = {"random": _random(fused)} if fuse.controls.random else {}
     if fuse.controls.joint:
         extra["joint"] = distillation.joint(fuse, sources)
@@ -50,7 +52,7 @@ def plan(fuse: Fuse, sources: Sequence[Source], fused: Step) -> Compared:
         for source in sources
     }
     scores = {name: {task: step.id for (of, task), step in steps.items() if of == name} for name in scored}
-    return Compared(scores, (*extra.values(), *steps.values()))
+    return Compared(scores, tuple(extra.values()), tuple(steps.values()))
 
 
 def _random(fused: Step) -> Step:

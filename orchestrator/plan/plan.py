@@ -169,7 +169,8 @@ def _fuse_job(
     release = (_release(fuse, promote),) if fuse.release else ()
     own = [step for source in sources for step in source.own_steps]
     first = sources[0].recipe
-    steps = (*own, *made, *scores, *compared.steps, register, promote, *release)
+    # Scores come last and in a row: a host reads for all of them in the same passes.
+    steps = (*own, *made, *compared.made, *scores, *compared.steps, register, promote, *release)
     return PlannedJob(
         name=fuse.name,
         kind="fuse",

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -17,7 +18,10 @@ from orchestrator.main import real_parts
 from orchestrator.registry import server as tracking_server
 from tests.models import make_base, write_rows
 from tests.orchestrator.recipe_files import LABELS, fuse, pipeline, write_yaml
+from workers.adapter import read_adapter
+from workers.fuse import fuse as fused_by_hand
 from workers.manifest import verify_folder
+from workers.types import RuleOptions
 
 SHORT = {"version": 1, "base_model": "bases/tiny.yaml", "sequence_len": 96, "global_batch_size": 4}
 SHORT |= {"max_steps": 4, "learning_rate": 1e-2, "lora_r": 4}
@@ -136,3 +140,51 @@ def test_release_merged_and_fuse_by_hand_write_folders_that_load(world):
     report = json.loads((folder / "both/fusion.json").read_text())
     assert (report["rule"], report["weights"]) == ("cat", [1.0, 0.5])
     verify_folder(folder / "both")
+
+
+def test_fuse_by_hand_with_a_rules_settings_writes_what_the_rule_makes_of_them(world):
+    folder, _ = world
+    parents = [folder / "release/fused", "tiny.support@champion"]
+    settings = ("--rule", "dare_ties", "--set", "density=0.4", "--set", "seed=7")
+    chorus(folder, "fuse", *parents, *settings, "--weights", "1,0.5", "--out", folder / "drawn")
+    chorus(folder, "fuse", *parents, *settings, "--weights", "1,0.5", "--out", folder / "again")
+    report = json.loads((folder / "drawn/fusion.json").read_text())
+    assert (report["rule"], report["options"]) == ("dare_ties", {"density": 0.4, "seed": 7})
+    files = ("adapter_model.safetensors", "adapter_config.json", "fusion.json")
+    assert all((folder / "drawn" / f).read_bytes() == (folder / "again" / f).read_bytes() for f in files)
+    adapters = [read_adapter(folder / "release/fused"), read_adapter(_downloaded(folder))]
+    expected, _ = fused_by_hand(adapters, [1.0, 0.5], "dare_ties", options=RuleOptions(density=0.4, seed=7))
+    found = read_adapter(folder / "drawn")
+    for name, (a, b) in expected.factors.items():
+        assert torch.equal(found.factors[name][0], a), name
+        assert torch.equal(found.factors[name][1], b), name
+    base = AutoModelForCausalLM.from_pretrained(folder / "bases/tiny")
+    assert PeftModel.from_pretrained(base, folder / "drawn").peft_config["default"].peft_type == "LORA"
+
+
+def _downloaded(folder):
+    """The verified copy that `fuse` keeps of a registered adapter."""
+    digest = read(folder, "adapters", "show", "tiny.support@champion")["digest"]
+    return folder / ".chorus/downloads" / digest
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("density=most", "density is 'most'; give it as density=FIGURE"),
+        ("thickness=0.4", "'thickness' is no option of a rule"),
+        ("density=1.4", "density is 1.4; it must be above 0 and at most 1"),
+        ("gamma=0.1", "rule 'dare_ties' takes no gamma; leave it out"),
+    ],
+)
+def test_fuse_by_hand_with_a_setting_the_rule_does_not_take_is_refused_and_leaves_nothing(
+    world, setting, words
+):
+    folder, _ = world
+    parents = ["tiny.support@champion", folder / "release/fused"]
+    asked = ("fuse", *parents, "--rule", "dare_ties", "--set", setting, "--out", folder / "refused")
+    result = CliRunner().invoke(app, [*map(str, asked), "--home", str(folder / ".chorus")], obj=real_parts())
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (folder / "refused").exists()

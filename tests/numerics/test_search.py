@@ -81,7 +81,8 @@ def test_search_scores_are_those_of_an_evaluation_of_the_same_folder(done):
     best = report["search"]["trials"][report["search"]["best"]]
     host = Host.load(base, Ranks())
     for task in spec.tasks:
-        (event,) = host.apply(Evaluate("e", spec.plan.out_dir, task.evaluation))
+        host.apply(Evaluate("e", spec.plan.out_dir, task.evaluation))
+        (event,) = host.tick()
         assert isinstance(event, EvaluationDone)
         found = event.report.metrics["loss"]
         assert found == pytest.approx(best["scores"][f"{task.task}.loss"], rel=1e-6)

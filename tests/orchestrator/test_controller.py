@@ -107,6 +107,30 @@ def test_pipeline_trains_both_jobs_on_one_host_and_scores_the_base_once_a_task(w
     assert world.cluster.hosts == {}
 
 
+def test_fusion_asks_for_all_its_scores_and_its_controls_at_once(world):
+    world.submit(finance(), support(), **fused(controls={"max_samples": 2}))
+    asked: list[int] = []
+    world.run(on_tick=lambda: asked.append(len(world.cluster.asked("Evaluate"))))
+    assert set(world.statuses().values()) == {Status.SUCCEEDED}, world.words()
+    # On each of two tasks: the fused adapter on all rows; it, the base, two parents and a random one on some.
+    assert max(after - before for before, after in pairwise(asked)) == 2 * (1 + 5)
+    folders = [command.adapter_dir for command in world.cluster.asked("Evaluate")[-12:]]
+    assert len(set(folders)) == 5
+
+
+def test_host_lost_with_many_scores_under_way_gives_them_all_later(world):
+    world.submit(finance(), support(), **fused(controls={"max_samples": 2}))
+
+    def lose_the_host() -> None:
+        if len(world.cluster.asked("Evaluate")) >= 12 and not world.faults.lose_at:
+            world.faults.lose_at.add(world.cluster.polls + 1)
+
+    world.run(on_tick=lose_the_host)
+    assert set(world.statuses().values()) == {Status.SUCCEEDED}, world.words()
+    assert len(world.cluster.asked("start_host")) == 2
+    assert len(world.cluster.asked("Evaluate")) == 4 + 2 * 12
+
+
 def test_pipeline_curves_reach_the_registry_whole(world):
     world.submit(finance())
     world.run()

@@ -20,6 +20,7 @@ from workers.base import load_base
 from workers.data import encode
 from workers.evaluate import evaluate
 from workers.ranks import Ranks
+from workers.reading import Reader
 from workers.types import BadInput, BaseSpec, DatasetSpec, EvaluationReport, EvaluationSpec
 
 CPU = torch.device("cpu")
@@ -234,7 +235,9 @@ def replies_on(ranks: Ranks, folder: str, zero: str, stop_ids: list[int]) -> lis
     prompts = [list(range(20, 20 + length)) for length in (12, 11, 10, 9, 8)]
     generate.TOKENS_PER_PASS = 45  # two prompts a batch, and a lone one at the end
     try:
-        return generate.greedy_replies(base.model, prompts, 10, stop_ids, 0, ranks, base.device)
+        reader = Reader(base.model, ranks, base.device, 0)
+        (replies,) = generate.greedy_replies(reader, [generate.Asked(None, prompts, 10, tuple(stop_ids))])
+        return replies
     finally:
         generate.TOKENS_PER_PASS = 4096
 
