@@ -93,11 +93,10 @@ def _one(plain: Module, rule: str, asked: Options, groups: Groups, folders: Sequ
     whole = _in_group(plain, groups)
     if rule == "regmean":
         whole = replace(whole, grams=tuple(gram_of(folder, whole.name) for folder in folders))
-    small = reduced(whole)
-    used = small.module if RULES[rule].rotates else whole
-    result = cut(_scaled(RULES[rule].apply(used, asked), asked.scale), asked)
-    report, spectrum = module_report(whole, used, result)
-    factors = small.back(result.factors) if used is small.module else result.factors
+    small, turns = reduced(whole), RULES[rule].turns
+    result = cut(_scaled(RULES[rule].apply(small.turned(turns), asked), asked.scale), asked)
+    report, spectrum = module_report(whole, small.module, result)
+    factors = small.back(result.factors, turns)
     return _Done(whole.name, factors, report, spectrum, inner_products(small.module.shares))
 
 
