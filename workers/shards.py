@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -50,23 +51,19 @@ def write_shard(path: Path, entries: Mapping[str, Entry], tensor: Callable[[str]
     naming the file if it cannot be written whole.
     """
     digest = hashlib.sha256()
-    with path.open("wb") as file, ThreadPoolExecutor(1) as writer:
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as writer:
 
         def put(data: bytes | memoryview) -> None:
             for start in range(0, len(data), WRITTEN_AT_ONCE):
                 piece = data[start : start + WRITTEN_AT_ONCE]
                 digest.update(piece)
-                try:
-                    file.write(piece)
-                    file.flush()
-                except OSError as error:
-                    raise OSError(error.errno, error.strerror, str(path)) from error
+                _write(file, piece)
 
         under_way: Future[None] = writer.submit(put, _header(entries))
         for name, entry in entries.items():
             found = tensor(name)
             assert (tuple(found.shape), found.dtype) == (entry.shape, entry.dtype), name
-            data = memoryview(found.contiguous().view(-1).view(torch.uint8).numpy())
+            data = _bytes(found)
             under_way.result()
             under_way = writer.submit(put, data)
             del found, data
@@ -74,12 +71,47 @@ def write_shard(path: Path, entries: Mapping[str, Entry], tensor: Callable[[str]
     return digest.hexdigest()
 
 
-def _header(entries: Mapping[str, Entry]) -> bytes:
+def write_growing(path: Path, room: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write `path` from tensors whose shapes nobody knows before they come; `room` bytes hold the header.
+
+    Equal tensors in the same order give equal bytes. Raises OSError naming the file if it cannot be written
+    whole; what `tensors` raises is left as it is.
+    """
+    entries: dict[str, Entry] = {}
+    room += -room % ALIGNED
+    with path.open("wb", buffering=0) as file:
+        file.seek(8 + room)
+        for name, tensor in tensors:
+            entries[name] = Entry(tuple(tensor.shape), tensor.dtype)
+            _write(file, _bytes(tensor))
+        header = _header(entries, room)
+        assert len(header) == 8 + room, "the header is larger than its room"
+        file.seek(0)
+        _write(file, header)
+
+
+def _write(file: FileIO, data: bytes | memoryview) -> None:
+    """All of it. A buffer would be written once more, and fail once more, when the file is closed."""
+    left = memoryview(data)
+    try:
+        while left:
+            left = left[file.write(left) :]
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file.name)) from error
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _header(entries: Mapping[str, Entry], room: int = 0) -> bytes:
+    """Of `room` bytes at least, beside its length."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, entry in entries.items():
         start, end = end, end + entry.nbytes
         header[name] = {"dtype": CODES[entry.dtype], "shape": entry.shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(room)
     text += b" " * (-len(text) % ALIGNED)
     return struct.pack("<Q", len(text)) + text

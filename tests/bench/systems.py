@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from workers import head
-from workers.adapter import PREFIX, Adapter
+from workers.adapter import Adapter
 from workers.data import encode_all
+from workers.factor_file import PREFIX
 from workers.host import Host
 from workers.order import batch_samples
 from workers.ranks import Ranks

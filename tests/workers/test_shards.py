@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
-from workers.shards import CODES, Entry, write_shard
+from tests.faults import files_limited_to
+from workers.shards import CODES, Entry, write_growing, write_shard
 
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 TENSORS = st.dictionaries(
@@ -52,3 +53,18 @@ def test_write_shard_error_of_a_tensor_reaches_the_caller(tmp_path: Path) -> Non
 
     with pytest.raises(OSError, match="t0 cannot be read"):
         write_shard(tmp_path / "x.safetensors", {"t0": Entry((2,), torch.float32)}, torn)
+
+
+def test_growing_file_reads_back_with_the_library_and_names_itself_on_a_full_disk(tmp_path: Path) -> None:
+    tensors = {
+        "b.weight": torch.randn(3, 5),
+        "a": torch.arange(7, dtype=torch.bfloat16),
+        "empty": torch.zeros(0, 4),
+    }
+    path = tmp_path / "grown.safetensors"
+    write_growing(path, 1001, iter(tensors.items()))
+    found = load_file(path)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    with files_limited_to(1040), pytest.raises(OSError, match=r"other\.safetensors"):
+        write_growing(tmp_path / "other.safetensors", 1001, iter(tensors.items()))
