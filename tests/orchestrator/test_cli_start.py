@@ -41,6 +41,7 @@ COMMANDS = {
         "rollback",
         "fuse",
         "release",
+        "verify",
         "ui",
         "doctor",
     ),
