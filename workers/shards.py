@@ -13,7 +13,7 @@ import json
 import os
 import struct
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,7 +129,27 @@ def _opened(path: Path) -> Generator[FileIO]:
             raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def write_growing(path: Path, room: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write `path` from tensors whose shapes nobody knows before they come; `room` bytes hold the header.
+
+    Equal tensors in the same order give equal bytes. Raises OSError naming the file if it cannot be written
+    whole; what `tensors` raises is left as it is.
+    """
+    entries: dict[str, Entry] = {}
+    room += -room % ALIGNED
+    with path.open("wb", buffering=0) as file:
+        file.seek(8 + room)
+        for name, tensor in tensors:
+            entries[name] = Entry(tuple(tensor.shape), tensor.dtype)
+            _write(file, memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        header = _header(entries, room)
+        assert len(header) == 8 + room, "the header is larger than its room"
+        file.seek(0)
+        _write(file, memoryview(header))
+
+
 def _write(file: FileIO, data: memoryview) -> None:
+    """All of it. A buffer would be written once more, and fail once more, when the file is closed."""
     try:
         while data:
             data = data[file.write(data) :]
@@ -137,13 +157,15 @@ def _write(file: FileIO, data: memoryview) -> None:
         raise OSError(error.errno, error.strerror, str(file.name)) from error
 
 
-def _header(entries: Mapping[str, Entry]) -> bytes:
+def _header(entries: Mapping[str, Entry], room: int = 0) -> bytes:
+    """Of `room` bytes at least, beside its length."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, entry in entries.items():
         start, end = end, end + entry.nbytes
         header[name] = {"dtype": CODES[entry.dtype], "shape": entry.shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(room)
     text += b" " * (-len(text) % ALIGNED)
     return struct.pack("<Q", len(text)) + text
 

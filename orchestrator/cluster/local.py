@@ -15,8 +15,9 @@ import torch
 
 from orchestrator.contracts import Capacity, TaskResult
 from workers.host import Host
+from workers.mail import Mail
 from workers.ranks import Ranks
-from workers.serve import Mail, serve
+from workers.serve import serve
 from workers.task import run
 from workers.types import BadInput, BaseSpec, Command, Event, Task
 

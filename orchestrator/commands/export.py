@@ -11,13 +11,13 @@ from uuid import uuid4
 
 from rich.console import Console
 
-from orchestrator.commands import errors
+from orchestrator.api import errors
 from orchestrator.commands.adapters import GATE_TAG, find
-from orchestrator.commands.home import Home
 from orchestrator.commands.parts import ClusterChoice, Parts
 from orchestrator.contracts import AdapterVersion, Cluster, Registry
 from orchestrator.control.submission import read_order
 from orchestrator.disk import room
+from orchestrator.home import Home
 from orchestrator.recipe.base_file import anchor, load_base
 from orchestrator.recipe.file import Place
 from workers.manifest import CorruptFolder, verify_folder

@@ -10,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
+from tests.faults import files_limited_to
 from workers import shards
-from workers.shards import CODES, Block, Entry, Fill, StoredShard, write_shard
+from workers.shards import CODES, Block, Entry, Fill, StoredShard, write_growing, write_shard
 
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 TENSORS = st.dictionaries(
@@ -127,3 +128,21 @@ def test_stored_shard_that_loses_its_end_while_it_is_read_is_named(tmp_path: Pat
         os.truncate(path, path.stat().st_size - 8)
         with pytest.raises(OSError, match=r"x\.safetensors ended while it was read"):
             stored.read("a", 0, torch.empty(64))
+
+
+# ---- a file whose tensors come one by one ---------------------------------------------------------------
+
+
+def test_growing_file_reads_back_with_the_library_and_names_itself_on_a_full_disk(tmp_path: Path) -> None:
+    tensors = {
+        "b.weight": torch.randn(3, 5),
+        "a": torch.arange(7, dtype=torch.bfloat16),
+        "empty": torch.zeros(0, 4),
+    }
+    path = tmp_path / "grown.safetensors"
+    write_growing(path, 1001, iter(tensors.items()))
+    found = load_file(path)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    with files_limited_to(1040), pytest.raises(OSError, match=r"other\.safetensors"):
+        write_growing(tmp_path / "other.safetensors", 1001, iter(tensors.items()))
