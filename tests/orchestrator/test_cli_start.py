@@ -43,6 +43,8 @@ COMMANDS = {
         "release",
         "verify",
         "ui",
+        "api",
+        "token",
         "doctor",
     ),
     *(
