@@ -154,5 +154,6 @@ def promote(parts: Parts, home: Home, name: str, ref: str, out: Console) -> None
 def rollback(parts: Parts, home: Home, name: str, out: Console) -> None:
     """Make the previous champion champion again."""
     with parts.registry(home) as registry:
-        champion = registry.rollback(name, "chorus rollback")
+        present = champion_of(registry, name)
+        champion = registry.rollback(name, present.version if present else None, "chorus rollback")
     out.print(f"{name}/{champion.version} is champion of {name} again", soft_wrap=True)

@@ -153,7 +153,13 @@ class MemoryRegistry:
         self.set_tags(name, version, {"gate.status": "passed"})
         return self._move("promote", name, champion, wanted, reason, figures)
 
-    def rollback(self, name, reason):
+    def rollback(self, name, expected_champion, reason):
+        champion = self._aliases.get(name, {}).get("champion")
+        done = [(record.kind, record.source, record.target) for record in self.history(name)]
+        if done and done[-1] == ("rollback", expected_champion, champion):
+            return self.version(name, "champion")
+        if champion != expected_champion:
+            raise RegistryConflict(f"the champion of {name} is {champion}, not {expected_champion}")
         target = self.version(name, "previous")
         self._check(target)
         return self._move("rollback", name, self._aliases[name]["champion"], target, reason, {})
