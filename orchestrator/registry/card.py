@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from orchestrator.bootstrap import Interval, interval
 from orchestrator.contracts import Scores
-from orchestrator.gate import METRICS, retained
+from orchestrator.gate import METRICS, Finding, retained
 from orchestrator.judgement import HEADLINES, difference
 from orchestrator.registry.examples import example_section
 
@@ -26,6 +26,7 @@ def card(
     base_scores: Sequence[Scores] = (),
     champion: tuple[str, Sequence[Scores]] | None = None,
     controls: Mapping[str, Sequence[Scores]] | None = None,
+    gates: Sequence[Finding] = (),
     trained_on: Mapping[str, str] | None = None,
     params: Mapping[str, str] | None = None,
     digests: Mapping[str, str] | None = None,
@@ -37,7 +38,8 @@ def card(
     """README.md of one version.
 
     `base_model` is its id or folder; `champion` is the champion it was registered beside, `name/version` and
-    its scores; `controls` are what a fusion is compared with, by name, each scored on some of the tasks;
+    its scores; `gates` are what was found then of each condition; `controls` are what a fusion is compared
+    with, by name, each scored on some of the tasks;
     `trained_on` maps a context to a data set (`training` -> path); `digests` are what the version is bound to
     (`base.digest`, ...); `parents` are `name/version` of what `rule` fused.
     """
@@ -46,6 +48,7 @@ def card(
         f"# {name}",
         _summary(base_model, scores, parents, rule),
         _score_section(scores, base_scores, champion),
+        _gate_section(gates),
         _control_section(scores, base_scores, controls or {}),
         example_section(scores),
         _table_section("Trained on", ("use", "data"), trained_on or {}),
@@ -134,6 +137,16 @@ def _score_row(
     if champion is not None:
         row += [_figure(_of(champion[1], key)), _ends(difference(key, scores, champion[1]))]
     return row
+
+
+def _gate_section(gates: Sequence[Finding]) -> str:
+    """Every condition as it was found when the version was registered."""
+    rows = [
+        [gate.metric, gate.required, _figure(gate.found), "yes" if gate.passed else "**no**"]
+        for gate in gates
+    ]
+    words = "As found at its registration; a promotion checks them again."
+    return f"## Gates\n\n{_table(('condition', 'required', 'found', 'met'), rows)}\n\n{words}" if rows else ""
 
 
 def _control_section(
