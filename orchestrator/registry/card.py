@@ -54,7 +54,7 @@ def card(
         _table_section("Trained on", ("use", "data"), trained_on or {}),
         _table_section("Parameters", ("parameter", "value"), params or {}),
         _table_section("Bound to", ("what", "SHA-256"), digests or {}),
-        _loading(name, base_model),
+        _loading(name, base_model, scores),
         _limits(scores, limits),
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
@@ -204,8 +204,18 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _loading(name: str, base_model: str) -> str:
+ROWS = {
+    "chat": '{"messages": [{"role": "user", "content": "Hello"}]}',
+    "classification": '{"text": "Hello"}',
+    "recommendation": '{"history": ["One", "Two"], "candidates": ["Three", "Four"]}',
+}
+"""Task type -> a row of it as it is asked, without the answer."""
+
+
+def _loading(name: str, base_model: str, scores: Sequence[Scores]) -> str:
     return f"""## Loading
+
+In the folder of the adapter, with PEFT:
 
 ```python
 from peft import PeftModel
@@ -216,11 +226,26 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), ".
 tokenizer = AutoTokenizer.from_pretrained(base)
 ```
 
-From the registry, for rows of its tasks without their answers:
-`mlflow.pyfunc.load_model("models:/{name}@champion", model_config={{"base": base}}).predict(rows)`.
+From the registry, where Chorus is installed; MLFLOW_TRACKING_URI is the address that `chorus ui` prints:
+
+```python
+import mlflow
+
+model = mlflow.pyfunc.load_model("models:/{name}@champion", model_config={{"base": "{base_model}"}})
+print(model.predict([{_rows(scores)}]))
+```
 
 The base must be the one whose digest is given above: a name alone does not tell. The command
 `chorus release {name}@champion --out DIR --merged` writes a full model instead."""
+
+
+def _rows(scores: Sequence[Scores]) -> str:
+    """One a task; a row names its task where there are several."""
+    rows = [ROWS[score.report.task_type] for score in scores]
+    if len(scores) > 1:
+        tasks = [score.task for score in scores]
+        rows = [f'{{"task": "{task}", {row[1:]}' for task, row in zip(tasks, rows, strict=True)]
+    return ", ".join(rows)
 
 
 def _limits(scores: Sequence[Scores], limits: Sequence[str]) -> str:
