@@ -9,15 +9,15 @@ from typing import Any
 
 from rich.console import Console
 
-from orchestrator.commands.errors import Refused
+from orchestrator.api.errors import Refused
+from orchestrator.api.views import version_view
 from orchestrator.commands.filters import Filters, chosen
-from orchestrator.commands.home import Home
 from orchestrator.commands.output import Format, emit, figure, grid, moment
 from orchestrator.commands.parts import Parts
 from orchestrator.commands.recheck import champion_of, judge, known_base, scores_of
-from orchestrator.commands.views import version_view
 from orchestrator.contracts import AdapterVersion, Registry
 from orchestrator.gate import METRICS
+from orchestrator.home import Home
 from orchestrator.judgement import FINDINGS_TAG, GATE_TAG, gate_tags
 from workers.types import BadInput
 

@@ -9,12 +9,12 @@ from typing import Any
 import yaml
 
 from orchestrator import judgement
-from orchestrator.commands.errors import Refused
-from orchestrator.commands.home import Home
+from orchestrator.api.errors import Refused
 from orchestrator.commands.parts import Parts
 from orchestrator.contracts import AdapterVersion, NoSuchVersion, Registry, Scores
 from orchestrator.control.submission import read_order
 from orchestrator.gate import Verdict
+from orchestrator.home import Home
 from orchestrator.judgement import Conditions, Evidence, read_conditions
 from orchestrator.registry.evaluations import read_scores
 from orchestrator.registry.outlines import structure_of
