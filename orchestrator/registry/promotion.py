@@ -61,7 +61,7 @@ def promote(
     wanted = one_version(client, name, str(version))
     done = finish_pending(client, name)
     champion = _champion(client, name)
-    if champion == version and done and _ends(done[-1]) == (expected_champion or 0, version):
+    if champion == version and done and _ends(done[-1]) == ("promote", expected_champion or 0, version):
         return one_version(client, name, CHAMPION)
     if champion != expected_champion:
         raise RegistryConflict(
@@ -79,8 +79,7 @@ def rollback(client: MlflowClient, name: str, expected_champion: int | None, rea
     """
     done = finish_pending(client, name)
     champion = _champion(client, name)
-    last = done[-1].record if done else None
-    if last and last.kind == "rollback" and (last.source, last.target) == (expected_champion, champion):
+    if done and _ends(done[-1]) == ("rollback", expected_champion, champion):
         return one_version(client, name, CHAMPION)
     if champion != expected_champion:
         raise RegistryConflict(
@@ -193,8 +192,8 @@ def _exists(client: MlflowClient, name: str, version: int) -> bool:
     return True
 
 
-def _ends(move: Move) -> tuple[int, int]:
-    return move.record.source, move.record.target
+def _ends(move: Move) -> tuple[str, int, int]:
+    return move.record.kind, move.record.source, move.record.target
 
 
 def _champion(client: MlflowClient, name: str) -> int | None:

@@ -149,8 +149,8 @@ class MemoryRegistry:
     def promote(self, name, version, expected_champion, reason, figures):
         wanted = self.version(name, str(version))
         champion = self._aliases.get(name, {}).get("champion")
-        done = [(record.source, record.target) for record in self.history(name)]
-        if champion == version and done and done[-1] == (expected_champion or 0, version):
+        done = [(record.kind, record.source, record.target) for record in self.history(name)]
+        if champion == version and done and done[-1] == ("promote", expected_champion or 0, version):
             return wanted
         if champion != expected_champion:
             raise RegistryConflict(f"the champion of {name} is {champion}, not {expected_champion}")

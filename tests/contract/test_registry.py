@@ -222,6 +222,15 @@ def test_promote_asked_again_changes_nothing(registry, name, two_versions):
     assert registry.version(name, "previous").version == 1
 
 
+def test_promote_of_what_another_rolled_back_to_meanwhile_is_told(registry, name, two_versions):
+    registry.promote(name, 1, None, "first", {})
+    registry.promote(name, 2, 1, "better", {})
+    registry.rollback(name, 2, "worse in use")
+    with pytest.raises(RegistryConflict, match="champion"):
+        registry.promote(name, 1, 2, "back to the first", {})
+    assert len(registry.history(name)) == 3
+
+
 def test_promote_unknown_version_raises(registry, name, two_versions):
     with pytest.raises(NoSuchVersion):
         registry.promote(name, 9, None, "nothing", {})
