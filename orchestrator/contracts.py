@@ -253,8 +253,11 @@ class Registry(Protocol):
         """Move `champion` (and `previous`) by compare-and-swap and append a release record."""
         ...
 
-    def rollback(self, name: str, reason: str) -> AdapterVersion:
-        """Swap `champion` and `previous`, with a release record. Raises NoSuchVersion without a previous."""
+    def rollback(self, name: str, expected_champion: int | None, reason: str) -> AdapterVersion:
+        """Swap `champion` and `previous` by compare-and-swap, with a release record; asked again, once.
+
+        Raises NoSuchVersion without a previous champion.
+        """
         ...
 
     def history(self, name: str) -> Sequence[ReleaseRecord]:

@@ -1,16 +1,19 @@
 """Is a version good enough: its scores, its parents' and the champion's, against all conditions. Pure.
 
-`gate` judges figures; this file knows that figures come from rows. A comparison with the champion holds only
-on the same rows, by digest, and non-inferiority is judged by the whole interval of the paired difference.
+`gate` judges figures, `structure` files; this file knows that figures come from rows. A comparison with the
+champion holds only on the same rows, by digest, and non-inferiority is judged by the whole interval of the
+paired difference.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from orchestrator import structure
 from orchestrator.bootstrap import CONFIDENCE, Interval, paired_difference
 from orchestrator.contracts import Scores
 from orchestrator.gate import (
@@ -25,6 +28,7 @@ from orchestrator.gate import (
     retained,
     retention_problem,
 )
+from orchestrator.structure import Structure, unknown_check, wanted
 from workers.types import BadInput
 
 HEADLINES = {"chat": "perplexity", "classification": "macro_f1", "recommendation": "hit_at_1"}
@@ -43,6 +47,8 @@ class Conditions:
     retention: Mapping[str, str] = field(default_factory=dict[str, str])
     worst_task: str | None = None
     """Bound on the least retention over all parents' tasks, each by its headline metric."""
+    structure: tuple[str, ...] = ()
+    """Checks of the files (`structure.CHECKS`), beside those that always hold."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +60,16 @@ class Evidence:
     """`<task>.<metric>` of each parent on its own task."""
     champion: Sequence[Scores] | None
     """None when there is no champion: then every comparison with it passes."""
+    structure: Structure
+    """Of the version's files."""
+    fused: bool = False
 
 
 def judge(conditions: Sequence[Conditions], evidence: Evidence) -> Verdict:
     """The verdict on one version by all conditions together: its recipe's, and its registered name's."""
+    checks = wanted([check for asked in conditions for check in asked.structure], evidence.fused)
     findings = [finding for asked in conditions for finding in _findings(asked, evidence)]
+    findings += structure.findings(checks, evidence.structure)
     return Verdict(all(finding.passed for finding in findings), tuple(dict.fromkeys(findings)))
 
 
@@ -80,6 +91,27 @@ def _findings(asked: Conditions, evidence: Evidence) -> Iterator[Finding]:
         yield _non_inferior(key, margin, evidence)
     if asked.worst_task is not None:
         yield _worst_task(asked.worst_task, evidence)
+
+
+GATE_TAG, FINDINGS_TAG = "gate.status", "gate.findings"
+"""Of a version: whether its gates passed when they were last checked, and what was found."""
+
+
+def gate_tags(verdict: Verdict) -> dict[str, str]:
+    found = [finding_view(finding) for finding in verdict.findings]
+    return {GATE_TAG: "passed" if verdict.passed else "failed", FINDINGS_TAG: json.dumps(found)}
+
+
+def finding_view(finding: Finding) -> dict[str, Any]:
+    """As JSON, which has no NaN."""
+    found = finding.found if finding.found is not None and math.isfinite(finding.found) else None
+    return {
+        "metric": finding.metric,
+        "required": finding.required,
+        "found": found,
+        "passed": finding.passed,
+        "words": finding.words,
+    }
 
 
 # ---- against the champion -------------------------------------------------------------------------------
@@ -152,7 +184,7 @@ def _worst_task(text: str, evidence: Evidence) -> Finding:
 
 # ---- as a registered name keeps them --------------------------------------------------------------------
 
-BLOCKS = ("gates", "champion_margin", "non_inferiority", "retention", "worst_task")
+BLOCKS = ("gates", "champion_margin", "non_inferiority", "retention", "worst_task", "structure")
 
 
 def read_conditions(value: Any, where: str) -> Conditions:
@@ -168,7 +200,18 @@ def read_conditions(value: Any, where: str) -> Conditions:
     worst = blocks.get("worst_task")
     if worst is not None:
         _check(where, "worst_task", "worst_task", worst)
-    return Conditions(**{name: blocks[name] for name in BLOCKS if blocks.get(name)})
+    given: dict[str, Any] = {name: blocks[name] for name in BLOCKS if blocks.get(name)}
+    given["structure"] = _checks(where, blocks.get("structure") or [])
+    return Conditions(**given)
+
+
+def _checks(where: str, listed: Any) -> tuple[str, ...]:
+    if not isinstance(listed, list):
+        raise BadInput(f"{where}: structure lists checks, like [vllm, shapes]")
+    for name in cast("list[Any]", listed):
+        if problem := unknown_check(name):
+            raise BadInput(f"{where}: structure: {problem}")
+    return tuple(cast("list[str]", listed))
 
 
 def _check(where: str, block: str, key: str, bound: Any) -> None:
@@ -194,5 +237,7 @@ def _check(where: str, block: str, key: str, bound: Any) -> None:
 
 def as_json(conditions: Conditions) -> dict[str, Any]:
     """The inverse of `read_conditions`."""
-    found: dict[str, Any] = {name: getattr(conditions, name) for name in BLOCKS}
-    return {name: value if isinstance(value, str) else dict(value) for name, value in found.items() if value}
+    found: dict[str, Any] = {name: getattr(conditions, name) for name in BLOCKS[:4]}
+    found = {name: dict(value) for name, value in found.items()}
+    found |= {"worst_task": conditions.worst_task, "structure": list(conditions.structure)}
+    return {name: value for name, value in found.items() if value}

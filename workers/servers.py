@@ -19,10 +19,10 @@ import torch
 from workers.adapter import Adapter
 from workers.fuse.factors import Factors, one_thread, svd
 from workers.merge import tied_head
+from workers.outline import served_scale
+from workers.rules import BUCKETS
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What `--max-lora-rank` can be."""
-MOST = VLLM_RANKS[-1]
+MOST = BUCKETS[-1]
 CLOSE = 1e-6
 SERVERS = ("vLLM", "SGLang", "llama.cpp")
 SGLANG_MODULES = frozenset(
@@ -62,17 +62,12 @@ def obstacles(adapter: Adapter, base: Path) -> list[Obstacle]:
 def _scales(adapter: Adapter, server: str) -> Iterator[Obstacle]:
     """The first module that the server would scale otherwise than PEFT does."""
     for module, (a, _) in adapter.factors.items():
-        own, served = adapter.scaling(module), _served(adapter, server, a.shape[0])
+        own = adapter.scaling(module)
+        served = served_scale(server, adapter.lora_alpha, adapter.r, a.shape[0], adapter.use_rslora)
         if not math.isclose(own, served, rel_tol=CLOSE):
             words = f"it would scale module '{module}' by {served:.4g}, not by {own:.4g}"
             yield Obstacle(server, words, True)
             return
-
-
-def _served(adapter: Adapter, server: str, rank: int) -> float:
-    if server == "vLLM" and adapter.use_rslora:
-        return adapter.lora_alpha / math.sqrt(adapter.r)
-    return adapter.lora_alpha / (rank if server == "llama.cpp" else adapter.r)
 
 
 def highest_rank(adapter: Adapter) -> int:
@@ -82,7 +77,7 @@ def highest_rank(adapter: Adapter) -> int:
 def vllm_rank(adapter: Adapter) -> int:
     """The smallest `--max-lora-rank` that holds the adapter."""
     needed = min(max(adapter.r, highest_rank(adapter)), MOST)
-    return next(rank for rank in VLLM_RANKS if rank >= needed)
+    return next(rank for rank in BUCKETS if rank >= needed)
 
 
 def repaired(adapter: Adapter) -> Adapter:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.contracts import AdapterVersion
 from orchestrator.control.submission import read_order
 from orchestrator.job import REASONS
+from orchestrator.judgement import FINDINGS_TAG, GATE_TAG
 from orchestrator.plan.steps import PlannedJob
 from orchestrator.store.rows import EventRow, JobRow, MetricRow, RunRow
 
@@ -114,7 +116,8 @@ def version_view(version: AdapterVersion) -> dict[str, Any]:
         "version": version.version,
         "aliases": list(version.aliases),
         "task": version.tags.get("task", ""),
-        "gate_status": version.tags.get("gate.status", ""),
+        "gate_status": version.tags.get(GATE_TAG, ""),
+        "gates": json.loads(version.tags.get(FINDINGS_TAG, "[]")),
         "metrics": dict(sorted(version.metrics.items())),
         "tags": dict(sorted(version.tags.items())),
         "digest": version.digest,

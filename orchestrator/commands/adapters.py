@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -12,17 +14,17 @@ from orchestrator.api.views import version_view
 from orchestrator.commands.filters import Filters, chosen
 from orchestrator.commands.output import Format, emit, figure, grid, moment
 from orchestrator.commands.parts import Parts
-from orchestrator.commands.recheck import champion_of, judge, scores_of
+from orchestrator.commands.recheck import champion_of, judge, known_base, scores_of
 from orchestrator.contracts import AdapterVersion, Registry
 from orchestrator.gate import METRICS
 from orchestrator.home import Home
+from orchestrator.judgement import FINDINGS_TAG, GATE_TAG, gate_tags
 from workers.types import BadInput
 
 REFERENCE = re.compile(r"(?P<name>[A-Za-z0-9._-]+)[@/](?P<ref>[A-Za-z0-9_-]+)")
 LIST_COLUMNS = ("name", "version", "aliases", "gates", "task", "scores", "created")
 HEADLINES = ("perplexity", "macro_f1", "hit_at_1")
 """Of dialogue, classification, recommendation."""
-GATE_TAG = "gate.status"
 
 
 def find(registry: Registry, reference: str) -> AdapterVersion:
@@ -71,20 +73,35 @@ def _headlines(version: AdapterVersion) -> dict[str, float]:
     return {key: value for key, value in scores.items() if key.rpartition(".")[2] in HEADLINES}
 
 
-def show(parts: Parts, home: Home, reference: str, format: Format) -> None:
-    """One version: scores beside the base's, tags, card."""
+def show(parts: Parts, home: Home, reference: str, card: bool, format: Format) -> None:
+    """One version: scores beside the base's, gates, tags; or its card, verified like every byte."""
     with parts.registry(home) as registry:
         version = find(registry, reference)
+        text = registry.read_text(version, "README.md") if card else ""
 
     def table(out: Console) -> None:
+        if card:
+            print(text, end="")
+            return
         aliases = f" ({', '.join(version.aliases)})" if version.aliases else ""
         out.print(f"{version.name}/{version.version}{aliases}, made {moment(version.created_ms / 1000)}")
         out.print()
         out.print(grid(("metric", "base", "adapter"), _beside_base(version), right=("base", "adapter")))
         out.print()
-        out.print(grid(("tag", "value"), sorted(version.tags.items())))
+        if view["gates"]:
+            out.print(
+                grid(("gate", "required", "found", "met"), [_gate_cells(gate) for gate in view["gates"]])
+            )
+            out.print()
+        tags = {key: value for key, value in version.tags.items() if key != FINDINGS_TAG}
+        out.print(grid(("tag", "value"), sorted(tags.items())))
 
-    emit(version_view(version), format, table)
+    view = version_view(version)
+    emit({**view, "card": text} if card else view, format, table)
+
+
+def _gate_cells(gate: Mapping[str, Any]) -> tuple[str, ...]:
+    return (gate["metric"], gate["required"], figure(gate["found"]), "yes" if gate["passed"] else "no")
 
 
 def _beside_base(version: AdapterVersion) -> list[tuple[str, str, str]]:
@@ -141,7 +158,8 @@ def promote(parts: Parts, home: Home, name: str, ref: str, out: Console) -> None
         if champion is not None and champion.version == version.version:
             out.print(f"{label} is champion already")
             return
-        verdict = judge(registry, version)
+        verdict = judge(registry, version, lambda: _base_folder(parts, home, version))
+        registry.set_tags(name, version.version, {FINDINGS_TAG: gate_tags(verdict)[FINDINGS_TAG]})
         if not verdict.passed:
             raise Refused(f"{label} is not promoted: {verdict.words}")
         expected = champion.version if champion else None
@@ -151,8 +169,14 @@ def promote(parts: Parts, home: Home, name: str, ref: str, out: Console) -> None
         out.print(f"{label} is champion of {name}: {verdict.words}{was}", soft_wrap=True)
 
 
+def _base_folder(parts: Parts, home: Home, version: AdapterVersion) -> Path | None:
+    spec = known_base(parts, home, version.tags.get("base.digest", ""))
+    return None if spec is None else Path(spec.path)
+
+
 def rollback(parts: Parts, home: Home, name: str, out: Console) -> None:
     """Make the previous champion champion again."""
     with parts.registry(home) as registry:
-        champion = registry.rollback(name, "chorus rollback")
+        present = champion_of(registry, name)
+        champion = registry.rollback(name, present.version if present else None, "chorus rollback")
     out.print(f"{name}/{champion.version} is champion of {name} again", soft_wrap=True)

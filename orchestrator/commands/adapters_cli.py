@@ -44,12 +44,18 @@ def list_adapters(
 
 @adapters_app.command()
 def show(
-    ctx: typer.Context, reference: Reference, home: HomeFolder = DEFAULT_HOME, output: Output = Format.table
+    ctx: typer.Context,
+    reference: Reference,
+    card: Annotated[
+        bool, typer.Option("--card", help="Its README.md: all scores, examples, limits.")
+    ] = False,
+    home: HomeFolder = DEFAULT_HOME,
+    output: Output = Format.table,
 ) -> None:
-    """Show one version: its scores beside the base's, and what it is bound to."""
+    """Show one version: its scores beside the base's, its gates, and what it is bound to."""
     from orchestrator.commands.adapters import show as body
 
-    body(ctx.obj, home_of(home), reference, output)
+    body(ctx.obj, home_of(home), reference, card, output)
 
 
 @adapters_app.command()

@@ -12,12 +12,13 @@ from uuid import uuid4
 from rich.console import Console
 
 from orchestrator.api import errors
-from orchestrator.commands.adapters import GATE_TAG, find
+from orchestrator.commands.adapters import find
 from orchestrator.commands.parts import ClusterChoice, Parts
+from orchestrator.commands.recheck import known_base
 from orchestrator.contracts import AdapterVersion, Cluster, Registry
-from orchestrator.control.submission import read_order
 from orchestrator.disk import room
 from orchestrator.home import Home
+from orchestrator.judgement import GATE_TAG
 from orchestrator.recipe.base_file import anchor, load_base
 from orchestrator.recipe.file import Place
 from workers.manifest import CorruptFolder, verify_folder
@@ -171,7 +172,7 @@ def verify(folder: Path, key: Path | None, console: Console) -> None:
 def _base_of(parts: Parts, home: Home, version: AdapterVersion, named: str | None) -> BaseSpec:
     """The base, found where the user says or where a job of this home had it, and checked by its digest."""
     digest = version.tags.get("base.digest", "")
-    spec = None if named else _known_base(parts, home, digest)
+    spec = None if named else known_base(parts, home, digest)
     if named is None and spec is None:
         raise BadInput(
             f"no job of {home.folder} trained on the base of {version.name}; name it with --base FOLDER"
@@ -183,14 +184,6 @@ def _base_of(parts: Parts, home: Home, version: AdapterVersion, named: str | Non
             f"{reference} is not the base {version.name}/{version.version} was trained on; its digest differs"
         )
     return spec or found.spec
-
-
-def _known_base(parts: Parts, home: Home, digest: str) -> BaseSpec | None:
-    if not home.has_store:
-        return None
-    with parts.store(home) as store:
-        specs = [read_order(job.plan).job.base for job in store.jobs()]
-    return next((spec for spec in reversed(specs) if spec.digest == digest), None)
 
 
 # ---- shared ---------------------------------------------------------------------------------------------

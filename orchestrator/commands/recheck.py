@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from orchestrator import judgement
 from orchestrator.api.errors import Refused
+from orchestrator.commands.parts import Parts
 from orchestrator.contracts import AdapterVersion, NoSuchVersion, Registry, Scores
+from orchestrator.control.submission import read_order
 from orchestrator.gate import Verdict
+from orchestrator.home import Home
 from orchestrator.judgement import Conditions, Evidence, read_conditions
 from orchestrator.registry.evaluations import read_scores
+from orchestrator.registry.outlines import structure_of
+from workers.types import BaseSpec
 
 CHAMPION = "champion"
+PARENTS_TAG = "fusion.parents"
 
 
-def judge(registry: Registry, version: AdapterVersion) -> Verdict:
-    """The verdict on a version beside the present champion. Raises Refused if its gates are not known."""
+def judge(registry: Registry, version: AdapterVersion, base: Callable[[], Path | None]) -> Verdict:
+    """The verdict on a version beside the present champion. Raises Refused if its gates are not known.
+
+    `base` finds the folder of its base; it is asked only if a gate is about that.
+    """
     conditions = [conditions_of(registry, version), of_name(registry, version.name)]
     champion = champion_of(registry, version.name)
+    of_base = base() if any("shapes" in asked.structure for asked in conditions) else None
     evidence = Evidence(
         scores=_evaluation(registry, version),
         parents=_parent_scores(registry, version),
         champion=None if champion is None else _evaluation(registry, champion),
+        structure=structure_of(registry, version, of_base),
+        fused=bool(version.tags.get(PARENTS_TAG)),
     )
     return judgement.judge(conditions, evidence)
 
@@ -63,6 +76,7 @@ def _of_fusion(fuse: dict[str, Any]) -> Conditions:
         non_inferiority=asked.get("non_inferiority", {}),
         retention=asked["retention"],
         worst_task=asked.get("worst_task"),
+        structure=tuple(asked.get("structure", ())),
     )
 
 
@@ -76,7 +90,17 @@ def _of_recipe(recipe: dict[str, Any]) -> Conditions:
         gates=of_task(asked["gates"]),
         champion_margin=of_task(asked["champion_margin"]),
         non_inferiority=of_task(asked.get("non_inferiority", {})),
+        structure=tuple(asked.get("structure", ())),
     )
+
+
+def known_base(parts: Parts, home: Home, digest: str) -> BaseSpec | None:
+    """The base of that digest as the newest job of this home had it."""
+    if not home.has_store:
+        return None
+    with parts.store(home) as store:
+        specs = [read_order(job.plan).job.base for job in store.jobs()]
+    return next((spec for spec in reversed(specs) if spec.digest == digest), None)
 
 
 def champion_of(registry: Registry, name: str) -> AdapterVersion | None:
@@ -95,7 +119,7 @@ def scores_of(version: AdapterVersion) -> dict[str, float]:
 def _parent_scores(registry: Registry, version: AdapterVersion) -> dict[str, float]:
     """Of every parent, the scores on its own task: what a fusion is asked to keep."""
     found: dict[str, float] = {}
-    for parent in filter(None, version.tags.get("fusion.parents", "").split(",")):
+    for parent in filter(None, version.tags.get(PARENTS_TAG, "").split(",")):
         name, _, number = parent.rpartition("/")
         found |= scores_of(registry.version(name, number))
     return found

@@ -23,15 +23,16 @@ from orchestrator.contracts import (
 from orchestrator.control.curve_export import CurveExport, params, run_inputs, tags
 from orchestrator.control.ledger import Ledger, flat
 from orchestrator.control.submission import Order
-from orchestrator.gate import Finding, Verdict
-from orchestrator.judgement import Conditions, Evidence, judge, read_conditions
+from orchestrator.gate import Verdict
+from orchestrator.judgement import Conditions, Evidence, finding_view, gate_tags, judge, read_conditions
 from orchestrator.plan.steps import EvaluateWhat, PromoteWhat, TrainWhat
 from orchestrator.registry.card import card
 from orchestrator.registry.evaluations import read_scores
+from orchestrator.registry.outlines import structure_in, structure_of
+from orchestrator.structure import Structure
 from workers.types import BadInput, EvaluationSpec
 
 CANDIDATE, CHAMPION = "candidate", "champion"
-GATE_TAG = "gate.status"
 
 
 class GateFailed(Exception):
@@ -67,16 +68,18 @@ class Registration:
         """Point `candidate` at the version, check its gates, move `champion`. Raises GateFailed."""
         number = int(self.ledger.result(order.job.step("register").id)["version"])
         self.registry.set_alias(what.name, CANDIDATE, number)
-        champion = self._champion(what.name)
-        verdict = self._judge(what, champion)
-        self.registry.set_tags(what.name, number, {GATE_TAG: "passed" if verdict.passed else "failed"})
+        version, champion = self.registry.version(what.name, str(number)), self._champion(what.name)
+        theirs = None if champion is None else read_scores(self.registry, champion)
+        found = structure_of(self.registry, version, _base_folder(order))
+        verdict = self._judge(order, what, found, theirs)
+        self.registry.set_tags(what.name, number, gate_tags(verdict))
         if not verdict.passed:
             raise GateFailed(f"{what.name} version {number} stays candidate: {verdict.words}")
         if what.promote and (champion is None or champion.version != number):
             expected = champion.version if champion else None
             figures = flat(self.ledger.scores(what.scores))
             self.registry.promote(what.name, number, expected, f"{order.job.name}: {verdict.words}", figures)
-        findings = [_finding(finding) for finding in verdict.findings]
+        findings = [finding_view(finding) for finding in verdict.findings]
         return {"name": what.name, "version": number, "champion": what.promote, "findings": findings}
 
     def fetch(self, order: Order, references: Iterable[str]) -> dict[str, str]:
@@ -100,12 +103,17 @@ class Registration:
         """The README.md of a job's version."""
         what, figures = order.registered, params(order)
         champion = self._champion(what.name)
+        theirs = None if champion is None else self._scores_of(champion)
+        found = structure_in(self.ledger.adapter_dir(what.adapter), _base_folder(order))
+        promoted = order.job.step("promote").what
+        assert isinstance(promoted, PromoteWhat)
         return card(
             name=what.name,
             base_model=order.job.base.name or order.job.base.path,
             scores=_portable(self.ledger.scores(what.scores)),
             base_scores=_portable(self.ledger.scores(what.base_scores)),
-            champion=None if champion is None else (_label(champion), self._scores_of(champion)),
+            champion=None if champion is None or theirs is None else (_label(champion), theirs),
+            gates=self._judge(order, promoted, found, theirs).findings,
             controls=self._controls(order),
             trained_on={
                 context: _short(path)
@@ -200,17 +208,26 @@ class Registration:
         except NoSuchVersion:
             return None
 
-    def _judge(self, what: PromoteWhat, champion: AdapterVersion | None) -> Verdict:
+    def _judge(
+        self, order: Order, what: PromoteWhat, found: Structure, champion: Sequence[Scores] | None
+    ) -> Verdict:
         of_name = read_conditions(dict(self.registry.conditions(what.name)), f"the gates of {what.name}")
         asked = Conditions(
-            what.gates, what.champion_margin, what.non_inferiority, what.retention, what.worst_task
+            *(what.gates, what.champion_margin, what.non_inferiority, what.retention, what.worst_task),
+            structure=what.structure,
         )
         evidence = Evidence(
             scores=self.ledger.scores(what.scores),
             parents=flat(self.ledger.scores(what.parent_scores)),
-            champion=None if champion is None else read_scores(self.registry, champion),
+            champion=champion,
+            structure=found,
+            fused=order.job.kind == "fuse",
         )
         return judge([asked, of_name], evidence)
+
+
+def _base_folder(order: Order) -> Path:
+    return Path(order.job.base.path)
 
 
 def _label(version: AdapterVersion) -> str:
@@ -246,8 +263,3 @@ def _portable(scores: Sequence[Scores]) -> tuple[Scores, ...]:
 def _short(paths: str) -> str:
     """The last two parts of each path."""
     return ", ".join("/".join(Path(path).parts[-2:]) for path in paths.split(", "))
-
-
-def _finding(finding: Finding) -> dict[str, Any]:
-    found = finding.found if finding.found is not None and math.isfinite(finding.found) else None
-    return {"metric": finding.metric, "required": finding.required, "found": found, "words": finding.words}

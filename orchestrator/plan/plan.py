@@ -151,6 +151,7 @@ def _promote_trained(loaded: LoadedRecipe, register: Step, after: Step) -> Step:
         scores={recipe.task: after.id},
         parent_scores={},
         non_inferiority={f"{recipe.task}.{key}": by for key, by in recipe.evaluation.non_inferiority.items()},
+        structure=recipe.evaluation.structure,
     )
     return _promote(what, register)
 
@@ -253,6 +254,7 @@ def _promote_fused(fuse: Fuse, register: Step, sources: list[Source], scores: li
         parent_scores={task: source.evaluate.id for task, source in zip(tasks, sources, strict=True)},
         non_inferiority=fuse.evaluation.non_inferiority,
         worst_task=fuse.evaluation.worst_task,
+        structure=fuse.evaluation.structure,
     )
     return _promote(what, register)
 
@@ -274,7 +276,11 @@ def _promote(what: PromoteWhat, register: Step) -> Step:
         "promote": what.promote,
     }
     # Left out where they are not asked for: what was promoted before they existed stays promoted.
-    later = {"non_inferiority": dict(what.non_inferiority), "worst_task": what.worst_task}
+    later = {
+        "non_inferiority": dict(what.non_inferiority),
+        "worst_task": what.worst_task,
+        "structure": sorted(what.structure),
+    }
     matters |= {key: value for key, value in later.items() if value}
     return make_step("promote", matters, needs, what)
 

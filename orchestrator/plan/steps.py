@@ -111,6 +111,7 @@ class PromoteWhat:
     """Task -> id of the evaluate step of the parent of that task; empty unless fused."""
     non_inferiority: Mapping[str, float] = field(default_factory=dict[str, float])
     worst_task: str | None = None
+    structure: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from orchestrator.gate import OF_THE_CORPUS, gate_problem, metric_name, parse_bound, unknown_metric
+from orchestrator.structure import Check
 from workers.types import TaskType
 
 PRIORITIES = {"low": 25, "normal": 50, "high": 75}
@@ -122,6 +123,9 @@ class Gates(Model):
     """Metric -> how much worse than the champion it may be."""
     non_inferiority: dict[str, NotNegative] = Field(default_factory=dict)
     """Metric -> how much worse than the champion it may be at the bad end of a 95% interval over rows."""
+
+    structure: tuple[Check, ...] = ()
+    """What its files must be, beside whole, finite and unaltered: shapes, bucket, vllm, sglang, ..."""
 
     def problem(self, allowed: set[str]) -> tuple[tuple[str, str], str] | None:
         """The first gate or margin on something not in `allowed`: its block and key, and why."""

@@ -22,6 +22,7 @@ from orchestrator.registry.versions import (
     STEP_TAG,
     aliases_of,
     all_versions,
+    known_versions,
     names_of,
     parents_of,
     unbound_versions,
@@ -32,7 +33,7 @@ def audit(client: MlflowClient, name: str | None) -> list[Problem]:
     """What was altered under one name, or under all; versions in their order, then what is gone."""
     names = names_of(client, name)
     versions = all_versions(client, name)
-    known = {(version.name, version.version) for version in all_versions(client, None)}
+    known = set(known_versions(client))
     found = [problem for version in versions for problem in _version(client, version, known)]
     for each in names:
         found += _unbound(client, each)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from orchestrator.bootstrap import Interval, interval
 from orchestrator.contracts import Scores
-from orchestrator.gate import METRICS, retained
+from orchestrator.gate import METRICS, Finding, retained
 from orchestrator.judgement import HEADLINES, difference
 from orchestrator.registry.examples import example_section
 
@@ -26,6 +26,7 @@ def card(
     base_scores: Sequence[Scores] = (),
     champion: tuple[str, Sequence[Scores]] | None = None,
     controls: Mapping[str, Sequence[Scores]] | None = None,
+    gates: Sequence[Finding] = (),
     trained_on: Mapping[str, str] | None = None,
     params: Mapping[str, str] | None = None,
     digests: Mapping[str, str] | None = None,
@@ -37,7 +38,8 @@ def card(
     """README.md of one version.
 
     `base_model` is its id or folder; `champion` is the champion it was registered beside, `name/version` and
-    its scores; `controls` are what a fusion is compared with, by name, each scored on some of the tasks;
+    its scores; `gates` are what was found then of each condition; `controls` are what a fusion is compared
+    with, by name, each scored on some of the tasks;
     `trained_on` maps a context to a data set (`training` -> path); `digests` are what the version is bound to
     (`base.digest`, ...); `parents` are `name/version` of what `rule` fused.
     """
@@ -46,12 +48,13 @@ def card(
         f"# {name}",
         _summary(base_model, scores, parents, rule),
         _score_section(scores, base_scores, champion),
+        _gate_section(gates),
         _control_section(scores, base_scores, controls or {}),
         example_section(scores),
         _table_section("Trained on", ("use", "data"), trained_on or {}),
         _table_section("Parameters", ("parameter", "value"), params or {}),
         _table_section("Bound to", ("what", "SHA-256"), digests or {}),
-        _loading(name, base_model),
+        _loading(name, base_model, scores),
         _limits(scores, limits),
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
@@ -136,6 +139,16 @@ def _score_row(
     return row
 
 
+def _gate_section(gates: Sequence[Finding]) -> str:
+    """Every condition as it was found when the version was registered."""
+    rows = [
+        [gate.metric, gate.required, _figure(gate.found), "yes" if gate.passed else "**no**"]
+        for gate in gates
+    ]
+    words = "As found at its registration; a promotion checks them again."
+    return f"## Gates\n\n{_table(('condition', 'required', 'found', 'met'), rows)}\n\n{words}" if rows else ""
+
+
 def _control_section(
     scores: Sequence[Scores], base_scores: Sequence[Scores], controls: Mapping[str, Sequence[Scores]]
 ) -> str:
@@ -191,8 +204,18 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _loading(name: str, base_model: str) -> str:
+ROWS = {
+    "chat": '{"messages": [{"role": "user", "content": "Hello"}]}',
+    "classification": '{"text": "Hello"}',
+    "recommendation": '{"history": ["One", "Two"], "candidates": ["Three", "Four"]}',
+}
+"""Task type -> a row of it as it is asked, without the answer."""
+
+
+def _loading(name: str, base_model: str, scores: Sequence[Scores]) -> str:
     return f"""## Loading
+
+In the folder of the adapter, with PEFT:
 
 ```python
 from peft import PeftModel
@@ -203,11 +226,26 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), ".
 tokenizer = AutoTokenizer.from_pretrained(base)
 ```
 
-From the registry, for rows of its tasks without their answers:
-`mlflow.pyfunc.load_model("models:/{name}@champion", model_config={{"base": base}}).predict(rows)`.
+From the registry, where Chorus is installed; MLFLOW_TRACKING_URI is the address that `chorus ui` prints:
+
+```python
+import mlflow
+
+model = mlflow.pyfunc.load_model("models:/{name}@champion", model_config={{"base": "{base_model}"}})
+print(model.predict([{_rows(scores)}]))
+```
 
 The base must be the one whose digest is given above: a name alone does not tell. The command
 `chorus release {name}@champion --out DIR --merged` writes a full model instead."""
+
+
+def _rows(scores: Sequence[Scores]) -> str:
+    """One a task; a row names its task where there are several."""
+    rows = [ROWS[score.report.task_type] for score in scores]
+    if len(scores) > 1:
+        tasks = [score.task for score in scores]
+        rows = [f'{{"task": "{task}", {row[1:]}' for task, row in zip(tasks, rows, strict=True)]
+    return ", ".join(rows)
 
 
 def _limits(scores: Sequence[Scores], limits: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 
-from orchestrator.contracts import AdapterVersion, NoSuchVersion, RegistryConflict
+from orchestrator.contracts import AdapterVersion, NoSuchVersion, RegistryConflict, ReleaseRecord
 from orchestrator.registry import releases
 from orchestrator.registry.artifacts import check_bytes
 from orchestrator.registry.client import metric_key
@@ -23,6 +23,8 @@ from orchestrator.registry.versions import GATE_TAG, aliases_of, one_version, se
 from workers.types import BadInput
 
 CHAMPION, PREVIOUS = "champion", "previous"
+ROUNDS = 5
+"""Times that aliases are set again which another machine set meanwhile."""
 
 
 @contextmanager
@@ -59,7 +61,7 @@ def promote(
     wanted = one_version(client, name, str(version))
     done = finish_pending(client, name)
     champion = _champion(client, name)
-    if champion == version and done and _ends(done[-1]) == (expected_champion or 0, version):
+    if champion == version and done and _ends(done[-1]) == ("promote", expected_champion or 0, version):
         return one_version(client, name, CHAMPION)
     if champion != expected_champion:
         raise RegistryConflict(
@@ -69,18 +71,25 @@ def promote(
     return _move(client, "promote", len(done), champion, wanted, reason, figures)
 
 
-def rollback(client: MlflowClient, name: str, reason: str) -> AdapterVersion:
-    """Swap champion and previous. Finishes an interrupted rollback rather than swapping twice."""
-    before = {move.run_id for move in releases.moves(client, name) if move.record.done}
+def rollback(client: MlflowClient, name: str, expected_champion: int | None, reason: str) -> AdapterVersion:
+    """Make the previous champion champion if the champion is the expected one.
+
+    A rollback from that champion that is done already, by whomever, is not done twice. Raises
+    RegistryConflict, NoSuchVersion without a previous champion.
+    """
     done = finish_pending(client, name)
-    if done and done[-1].run_id not in before and done[-1].record.kind == "rollback":
+    champion = _champion(client, name)
+    if done and _ends(done[-1]) == ("rollback", expected_champion, champion):
         return one_version(client, name, CHAMPION)
-    aliases = aliases_of(client, name)
-    if PREVIOUS not in aliases or CHAMPION not in aliases:
+    if champion != expected_champion:
+        raise RegistryConflict(
+            f"the champion of {name} is {_say(champion)}, not {_say(expected_champion)} as expected"
+        )
+    if champion is None or PREVIOUS not in aliases_of(client, name):
         raise NoSuchVersion(f"{name} has no previous champion to roll back to")
     target = one_version(client, name, PREVIOUS)
     check_bytes(client, target)
-    return _move(client, "rollback", len(done), int(aliases[CHAMPION]), target, reason, {})
+    return _move(client, "rollback", len(done), champion, target, reason, {})
 
 
 def finish_pending(client: MlflowClient, name: str) -> list[Move]:
@@ -88,20 +97,20 @@ def finish_pending(client: MlflowClient, name: str) -> list[Move]:
 
     One that came second for its number, or whose version has since been deleted, is withdrawn.
     """
-    made: list[Move] = []
-    for move in releases.moves(client, name):
-        if move.record.done or _taken_up(client, name, move):
-            made.append(move)
-    return made
+    return [
+        move for move in releases.moves(client, name) if move.record.done or _taken_up(client, name, move)
+    ]
 
 
 def _taken_up(client: MlflowClient, name: str, move: Move) -> bool:
     try:
         one_version(client, name, str(move.record.target))
-        if not releases.won(client, name, move):
-            raise RegistryConflict("another move took its number")
-    except (NoSuchVersion, RegistryConflict, StopIteration) as error:
+        mine = releases.winner(client, name, move)
+    except (NoSuchVersion, RegistryConflict) as error:
         releases.withdraw(client, move, str(error))
+        return False
+    if mine is None or mine.run_id != move.run_id:
+        releases.withdraw(client, move, releases.OVERTAKEN)
         return False
     _carry_out(client, name, move)
     return True
@@ -117,9 +126,10 @@ def _move(
     figures: Mapping[str, float],
 ) -> AdapterVersion:
     """Write the move down, win its number, carry it out. Raises RegistryConflict if another won."""
-    move = releases.write(client, kind, moves_before + 1, champion, target, reason, figures)
-    if not releases.won(client, target.name, move):
-        releases.withdraw(client, move, "another move took its number")
+    written = releases.write(client, kind, moves_before + 1, champion, target, reason, figures)
+    move = releases.winner(client, target.name, written)
+    if move is None:
+        releases.withdraw(client, written, releases.OVERTAKEN)
         raise RegistryConflict(
             f"another command moved the champion of {target.name} at the same time; look at "
             f"`chorus adapters history {target.name}`, then decide again"
@@ -128,23 +138,50 @@ def _move(
 
 
 def _carry_out(client: MlflowClient, name: str, move: Move) -> AdapterVersion:
-    """Set both aliases from the record, so that doing it again is harmless; read back; end the record."""
+    """Set both aliases from the record, so that doing it again is harmless; read back; end the record.
+
+    Returns the version that was made champion, which a later move may have replaced meanwhile.
+    """
     record = move.record
-    if record.source and _exists(client, name, record.source):
-        client.set_registered_model_alias(name, PREVIOUS, str(record.source))
-    client.set_registered_model_alias(name, CHAMPION, str(record.target))
+    _point(client, name, record)
     if record.kind == "promote":
         set_tags(client, name, record.target, {GATE_TAG: "passed"})
     if record.figures:
         metrics = [Metric(metric_key(k), v, record.when_ms, 0) for k, v in record.figures.items()]
         client.log_batch(move.run_id, metrics)
-    champion = one_version(client, name, CHAMPION)
-    if champion.version != record.target:
-        raise RegistryConflict(
-            f"the champion of {name} was moved to {champion.version} by someone else meanwhile"
-        )
+    _settle(client, name, record)
     client.set_terminated(move.run_id, "FINISHED")
-    return champion
+    releases.withdraw_losers(client, name, record.number)
+    return one_version(client, name, str(record.target))
+
+
+def _point(client: MlflowClient, name: str, record: ReleaseRecord) -> None:
+    for alias, version in _ends_of(client, name, record).items():
+        client.set_registered_model_alias(name, alias, version)
+
+
+def _ends_of(client: MlflowClient, name: str, record: ReleaseRecord) -> dict[str, str]:
+    """Alias -> version after a move; `previous` stays where it is if what was champion has been deleted."""
+    left = {PREVIOUS: str(record.source)} if record.source and _exists(client, name, record.source) else {}
+    return {**left, CHAMPION: str(record.target)}
+
+
+def _settle(client: MlflowClient, name: str, record: ReleaseRecord) -> None:
+    """Leave the aliases as the newest move says, though a writer that was late undid it.
+
+    Another machine may have finished this move and made the next before this one set its aliases. Raises
+    RegistryConflict if they are still elsewhere: someone moves them past the record.
+    """
+    for _ in range(ROUNDS):
+        newest = releases.newest(client, name)
+        wanted = record if newest is None or newest.record.number < record.number else newest.record
+        found = aliases_of(client, name)
+        if _ends_of(client, name, wanted).items() <= found.items():
+            return
+        _point(client, name, wanted)
+    raise RegistryConflict(
+        f"the champion of {name} was moved to {_say(_champion(client, name))} by someone else"
+    )
 
 
 def _exists(client: MlflowClient, name: str, version: int) -> bool:
@@ -155,8 +192,8 @@ def _exists(client: MlflowClient, name: str, version: int) -> bool:
     return True
 
 
-def _ends(move: Move) -> tuple[int, int]:
-    return move.record.source, move.record.target
+def _ends(move: Move) -> tuple[str, int, int]:
+    return move.record.kind, move.record.source, move.record.target
 
 
 def _champion(client: MlflowClient, name: str) -> int | None:

@@ -109,9 +109,9 @@ class MlflowRegistry:
         with reaching(self.url), promotion.one_writer(self._lock):
             return promotion.promote(self._client, name, version, expected_champion, reason, figures)
 
-    def rollback(self, name: str, reason: str) -> AdapterVersion:
+    def rollback(self, name: str, expected_champion: int | None, reason: str) -> AdapterVersion:
         with reaching(self.url), promotion.one_writer(self._lock):
-            return promotion.rollback(self._client, name, reason)
+            return promotion.rollback(self._client, name, expected_champion, reason)
 
     def history(self, name: str) -> Sequence[ReleaseRecord]:
         with reaching(self.url):

@@ -4,6 +4,9 @@ MLflow has no compare-and-swap and no history of aliases. Its one atomic "first 
 parameter, which never changes its value. So a move is numbered, written down as an unfinished run, and then
 claims its number as a parameter of one run that all writers agree on; whoever comes second is told. It holds
 between any number of machines on one server.
+
+MLflow's client repeats a request that is not answered, so a move may be written down twice. Both records
+carry the move's token, and one of them wins.
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ import getpass
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +24,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from orchestrator.contracts import AdapterVersion, ReleaseRecord
+from orchestrator.contracts import AdapterVersion, RegistryConflict, ReleaseRecord
 from orchestrator.registry.client import PAGE, experiment_id, pages, quoted
 from orchestrator.registry.versions import runs_of
 
@@ -32,6 +36,7 @@ RECORDED_TAGS = (
 )
 """Tags of the version that its release record repeats."""
 MAX_TAG = 8000
+OVERTAKEN = "another move took its number"
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Move:
 
     run_id: str
     record: ReleaseRecord
+    token: str
+    """The same in all records of one move; empty in those from before moves had tokens."""
 
     @property
     def claim(self) -> str:
@@ -85,21 +92,44 @@ def write(
         "release.who": who(),
         "release.reason": reason[:MAX_TAG],
         "release.figures": json.dumps(dict(figures)),
+        "release.token": uuid.uuid4().hex,
         **{key: target.tags[key] for key in RECORDED_TAGS if key in target.tags},
     }
     title = f"{kind} {target.name} {champion or 0} to {target.version}"
     return _read(client.create_run(experiment_id(client, RELEASES), run_name=title, tags=tags), number)
 
 
-def won(client: MlflowClient, name: str, move: Move) -> bool:
-    """Take the move's number, or find it taken; asked again it answers the same."""
-    anchor = next(_living_runs(client, name))
+def winner(client: MlflowClient, name: str, move: Move) -> Move | None:
+    """Take the move's number: the record that holds it, if that is of this move; None if another has it.
+
+    Asked again it answers the same.
+    """
+    anchor = _anchor(client, name)
     try:
         client.log_param(anchor, move.claim, move.run_id)
     except MlflowException as error:
         if error.error_code != "INVALID_PARAMETER_VALUE":
             raise
-    return client.get_run(anchor).data.params.get(move.claim) == move.run_id
+    holder = client.get_run(anchor).data.params.get(move.claim)
+    if holder == move.run_id:
+        return move
+    return next((m for m in moves(client, name) if m.run_id == holder and m.token == move.token != ""), None)
+
+
+def newest(client: MlflowClient, name: str) -> Move | None:
+    """The move with the highest number that was won, be it carried out or not."""
+    claims = client.get_run(_anchor(client, name)).data.params
+    found = [m for m in moves(client, name) if m.record.done or claims.get(m.claim) == m.run_id]
+    return found[-1] if found else None
+
+
+def withdraw_losers(client: MlflowClient, name: str, number: int) -> None:
+    """End the records up to that number that another move, or the same one written twice, has overtaken."""
+    claims = client.get_run(_anchor(client, name)).data.params
+    for move in moves(client, name):
+        lost = not move.record.done and claims.get(move.claim) not in (None, move.run_id)
+        if lost and move.record.number <= number:
+            withdraw(client, move, OVERTAKEN)
 
 
 def withdraw(client: MlflowClient, move: Move, why: str) -> None:
@@ -117,11 +147,14 @@ def who() -> str:
     return f"{user}@{socket.gethostname()}"
 
 
-def _living_runs(client: MlflowClient, name: str) -> Iterator[str]:
-    """Runs of the name's versions, oldest first, that were not deleted: all writers find the same first."""
+def _anchor(client: MlflowClient, name: str) -> str:
+    """The oldest run of the name's versions that was not deleted: all writers find the same."""
     for run_id in runs_of(client, name):
         if client.get_run(run_id).info.lifecycle_stage == "active":
-            yield run_id
+            return run_id
+    raise RegistryConflict(
+        f"the runs of all versions of {name} were deleted; restore one to move its champion"
+    )
 
 
 def _read(run: Run, place: int) -> Move:
@@ -139,4 +172,4 @@ def _read(run: Run, place: int) -> Move:
         digests={key: tags[key] for key in RECORDED_TAGS if key in tags},
         done=run.info.status == "FINISHED",
     )
-    return Move(str(run.info.run_id), record)
+    return Move(str(run.info.run_id), record, tags.get("release.token", ""))

@@ -59,6 +59,12 @@ def runs_of(client: MlflowClient, name: str) -> list[str]:
     return [str(version.run_id) for version in found if version.run_id]
 
 
+def known_versions(client: MlflowClient) -> Iterator[tuple[str, int]]:
+    """Name and number of every version that chorus registered; without its metrics, a request each."""
+    for name in names_of(client, None):
+        yield from ((name, int(version.version)) for version in _stored(client, name) if _is_ours(version))
+
+
 def unbound_versions(client: MlflowClient, name: str) -> Iterator[tuple[int, list[str]]]:
     """Versions that chorus made and that have lost a binding tag, with the tags that are missing."""
     for version in _stored(client, name):

@@ -109,6 +109,11 @@ class MemoryRegistry:
             version, aliases=tuple(sorted(a for a, number in aliases if number == version.version))
         )
 
+    def rebind(self, name, number):
+        """As if the bytes that lie there now were those that were registered: an adapter from elsewhere."""
+        found = self._versions[name, number]
+        self._versions[name, number] = replace(found, digest=folder_digest(self.store / found.model_id))
+
     def _check(self, version):
         if folder_digest(self.store / version.model_id) != version.digest:
             raise RegistryConflict(f"{version.name}/{version.version} was altered in the registry")
@@ -144,8 +149,8 @@ class MemoryRegistry:
     def promote(self, name, version, expected_champion, reason, figures):
         wanted = self.version(name, str(version))
         champion = self._aliases.get(name, {}).get("champion")
-        done = [(record.source, record.target) for record in self.history(name)]
-        if champion == version and done and done[-1] == (expected_champion or 0, version):
+        done = [(record.kind, record.source, record.target) for record in self.history(name)]
+        if champion == version and done and done[-1] == ("promote", expected_champion or 0, version):
             return wanted
         if champion != expected_champion:
             raise RegistryConflict(f"the champion of {name} is {champion}, not {expected_champion}")
@@ -153,7 +158,13 @@ class MemoryRegistry:
         self.set_tags(name, version, {"gate.status": "passed"})
         return self._move("promote", name, champion, wanted, reason, figures)
 
-    def rollback(self, name, reason):
+    def rollback(self, name, expected_champion, reason):
+        champion = self._aliases.get(name, {}).get("champion")
+        done = [(record.kind, record.source, record.target) for record in self.history(name)]
+        if done and done[-1] == ("rollback", expected_champion, champion):
+            return self.version(name, "champion")
+        if champion != expected_champion:
+            raise RegistryConflict(f"the champion of {name} is {champion}, not {expected_champion}")
         target = self.version(name, "previous")
         self._check(target)
         return self._move("rollback", name, self._aliases[name]["champion"], target, reason, {})

@@ -222,6 +222,15 @@ def test_promote_asked_again_changes_nothing(registry, name, two_versions):
     assert registry.version(name, "previous").version == 1
 
 
+def test_promote_of_what_another_rolled_back_to_meanwhile_is_told(registry, name, two_versions):
+    registry.promote(name, 1, None, "first", {})
+    registry.promote(name, 2, 1, "better", {})
+    registry.rollback(name, 2, "worse in use")
+    with pytest.raises(RegistryConflict, match="champion"):
+        registry.promote(name, 1, 2, "back to the first", {})
+    assert len(registry.history(name)) == 3
+
+
 def test_promote_unknown_version_raises(registry, name, two_versions):
     with pytest.raises(NoSuchVersion):
         registry.promote(name, 9, None, "nothing", {})
@@ -230,15 +239,33 @@ def test_promote_unknown_version_raises(registry, name, two_versions):
 def test_rollback_swaps_champion_and_previous(registry, name, two_versions):
     registry.promote(name, 1, None, "first", {})
     registry.promote(name, 2, 1, "better", {})
-    assert registry.rollback(name, "worse in use").version == 1
+    assert registry.rollback(name, 2, "worse in use").version == 1
     assert registry.version(name, "previous").version == 2
-    assert registry.rollback(name, "was right after all").version == 2
+    assert registry.rollback(name, 1, "was right after all").version == 2
+
+
+def test_rollback_asked_again_or_by_two_at_once_swaps_once(registry, name, two_versions):
+    registry.promote(name, 1, None, "first", {})
+    registry.promote(name, 2, 1, "better", {})
+    assert registry.rollback(name, 2, "worse in use").version == 1
+    assert registry.rollback(name, 2, "worse in use, says another").version == 1
+    assert [record.reason for record in registry.history(name)] == ["first", "better", "worse in use"]
+
+
+def test_rollback_with_wrong_expectation_conflicts_and_moves_nothing(registry, name, two_versions):
+    registry.promote(name, 1, None, "first", {})
+    registry.promote(name, 2, 1, "better", {})
+    for wrong in (None, 1):
+        with pytest.raises(RegistryConflict, match="champion"):
+            registry.rollback(name, wrong, "late")
+    assert registry.version(name, "champion").version == 2
+    assert len(registry.history(name)) == 2
 
 
 def test_rollback_without_previous_raises(registry, name, two_versions):
     registry.promote(name, 1, None, "first", {})
     with pytest.raises(NoSuchVersion):
-        registry.rollback(name, "nothing to go back to")
+        registry.rollback(name, 1, "nothing to go back to")
     assert registry.version(name, "champion").version == 1
 
 
@@ -249,7 +276,7 @@ def test_history_tells_who_moved_what_when_and_why(registry, name, two_versions)
     assert list(registry.history(name)) == []
     registry.promote(name, 1, None, "first", {"sentiment.macro_f1": 0.9})
     registry.promote(name, 2, 1, "better", {})
-    registry.rollback(name, "worse in use")
+    registry.rollback(name, 2, "worse in use")
     found = registry.history(name)
     assert [(r.number, r.kind, r.source, r.target) for r in found] == [
         (1, "promote", 0, 1),

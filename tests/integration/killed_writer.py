@@ -54,7 +54,7 @@ def rollback(registry, folder, name, kill_at):
     prepare(registry, folder, name)
     registry.promote(name, 2, 1, "better", {"macro_f1": 0.9})
     die_at_request(kill_at)
-    registry.rollback(name, "worse")
+    registry.rollback(name, 2, "worse")
 
 
 def prepare(registry, folder, name):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.postgres import require
 
-CASES = ("submissions", "saves", "draws")
+CASES = ("submissions", "saves", "draws", "registry")
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def records(tmp_path_factory):
     command = [sys.executable, "-m", "tests.chaos", *CASES, "--small", "--out", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
-    return {case: next(folder.glob(f"*-chaos-{case}.md")).read_text() for case in CASES}
+    return {case: next(folder.glob(f"*-chaos-{case}*.md")).read_text() for case in CASES}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -133,9 +133,9 @@ def test_move_that_comes_second_for_its_number_is_withdrawn_and_told(registry, c
         releases.write(client, "promote", 3, 2, registry.version(name, version), "race", {})
         for version in "34"
     )
-    assert releases.won(client, name, second)
-    assert not releases.won(client, name, first)
-    assert releases.won(client, name, second)
+    assert releases.winner(client, name, second) == second
+    assert releases.winner(client, name, first) is None
+    assert releases.winner(client, name, second) == second
     with suppress(RegistryConflict):
         registry.promote(name, 1, 2, "a third", {})  # carries out the winner, withdraws the loser
     assert registry.version(name, "champion").version == 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +14,16 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from orchestrator.contracts import Scores
 from orchestrator.recipe.base_file import load_base
 from orchestrator.recipe.file import Place
+from orchestrator.registry.card import card
 from tests.contract.samples import LABELS, fresh_name, new_version, shared_server
 from tests.interchange import linears, small
 from tests.models import make_base
 from workers.adapter import write_adapter
 from workers.manifest import CorruptFolder, publish_folder
-from workers.types import BadInput, DatasetSpec, EvaluationSpec
+from workers.types import BadInput, DatasetSpec, EvaluationReport, EvaluationSpec
 
 QUESTION = {"messages": [{"role": "user", "content": "Where is my parcel?"}]}
 HEADLINE = {"text": "Profit rose by a tenth"}
@@ -148,6 +152,28 @@ def test_pyfunc_data_frame_of_two_tasks_is_answered_in_its_order(model):
 def test_pyfunc_row_that_cannot_be_answered_is_named(model, row, words):
     with pytest.raises(BadInput, match=words):
         model.predict([row])
+
+
+def test_card_says_how_to_load_it_in_words_that_run(
+    registry, tmp_path, base_dir, adapter_dir, monkeypatch, capsys
+):
+    kinds = {"support": "chat", "sentiment": "classification", "books": "recommendation"}
+    scores = [
+        Scores(task, "x/test.jsonl", "d" * 64, EvaluationReport(kind, {"loss": 1.0}, 1, ()))
+        for task, kind in kinds.items()
+    ]
+    new = registered(registry, tmp_path, base_dir, adapter_dir)
+    text = card(name=new.name, base_model=str(base_dir), scores=scores)
+    registry.promote(new.name, new.version, None, "first", {})
+    with_peft, from_registry = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(adapter_dir)
+    found = {}
+    exec(with_peft, found)
+    assert "q_proj" in found["model"].peft_config["default"].target_modules
+    capsys.readouterr()
+    exec(from_registry, {})
+    answers = ast.literal_eval(capsys.readouterr().out)
+    assert [next(iter(answer)) for answer in answers] == ["reply", "label", "ranking"]
 
 
 def test_pyfunc_other_base_is_refused(version, tmp_path):

@@ -117,7 +117,7 @@ def test_release_records_tell_every_move_with_its_figures(registry, client, name
         registry.register(new_version(registry, tmp_path, name, f"step-{seed}", seed))
     registry.promote(name, 1, None, "first", {"sentiment/macro_f1": 0.9})
     registry.promote(name, 2, 1, "better by 0.02", {"sentiment/macro_f1": 0.92})
-    registry.rollback(name, "slower")
+    registry.rollback(name, 2, "slower")
     experiment = client.get_experiment_by_name("releases").experiment_id
     order = ["attributes.start_time ASC"]
     runs = client.search_runs([experiment], f"tags.`release.name` = '{name}'", order_by=order)

@@ -8,6 +8,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from orchestrator.contracts import Scores
+from orchestrator.gate import Finding
 from orchestrator.registry.card import card
 from tests.orchestrator.test_judgement import chat, classified
 from workers.types import EvaluationReport
@@ -107,6 +108,16 @@ def test_card_limits_name_few_rows_and_the_label_most_often_missed():
     text = card(name="x", base_model="b", scores=[Scores("t", "d/test.jsonl", "c" * 64, report)])
     assert "40 rows of t are few" in section(text, "Limits")
     assert "finds 'bad' least often, in 25% of its rows" in section(text, "Limits")
+
+
+def test_card_shows_every_gate_as_it_was_found():
+    gates = [
+        Finding("sentiment.accuracy", ">= 0.8", 0.9, 0.0, True, "words"),
+        Finding("structure.finite", "no NaN and no infinity", None, 0.0, False, "words"),
+    ]
+    text = section(card(name="tiny.x", base_model="tiny", scores=[classified(0.9)], gates=gates), "Gates")
+    assert row(text, "sentiment.accuracy") == ["sentiment.accuracy", ">= 0.8", "0.9", "yes"]
+    assert row(text, "structure.finite")[2:] == ["-", "**no**"]
 
 
 def test_card_front_matter_is_a_model_index_with_intervals():

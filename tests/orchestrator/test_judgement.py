@@ -9,6 +9,8 @@ from sklearn.metrics import f1_score
 from orchestrator.bootstrap import interval, paired_difference
 from orchestrator.contracts import Scores
 from orchestrator.judgement import Conditions, Evidence, as_json, judge, read_conditions
+from orchestrator.structure import Structure
+from workers.outline import Outline
 from workers.types import BadInput, EvaluationReport
 
 LABELS = ("negative", "neutral", "positive")
@@ -37,9 +39,12 @@ def chat(nll: float, task: str = "support") -> Scores:
     )
 
 
-def verdict(ours, champion=None, parents=None, **asked):
+SOUND = Structure(Outline(r=8, lora_alpha=8, ranks={"q_proj": 8}, scales={"q_proj": 1.0}))
+
+
+def verdict(ours, champion=None, parents=None, structure=SOUND, fused=False, **asked):
     champion = None if champion is None else [champion]
-    return judge([Conditions(**asked)], Evidence([ours], parents or {}, champion))
+    return judge([Conditions(**asked)], Evidence([ours], parents or {}, champion, structure, fused))
 
 
 # ---- intervals ------------------------------------------------------------------------------------------
@@ -130,7 +135,7 @@ def test_comparison_with_a_champion_scored_on_other_rows_is_refused(block):
 def test_worst_task_is_the_one_that_keeps_least_of_its_parent():
     fused = [classified(0.9), chat(1.0), chat(2.0, "returns")]
     parents = {KEY: fused[0].report.metrics["macro_f1"], "support.perplexity": 1.5, "returns.perplexity": 1.5}
-    evidence = Evidence(fused, parents, None)
+    evidence = Evidence(fused, parents, None, SOUND)
     refused = judge([Conditions(worst_task=">= 0.6")], evidence)
     assert not refused.passed
     assert "returns.perplexity, which keeps 0.5518" in refused.words
@@ -138,7 +143,7 @@ def test_worst_task_is_the_one_that_keeps_least_of_its_parent():
 
 
 def test_conditions_of_recipe_and_name_must_all_hold():
-    ours = Evidence([classified(0.9)], {}, None)
+    ours = Evidence([classified(0.9)], {}, None, SOUND)
     recipe, name = Conditions(gates={KEY: ">= 0.5"}), Conditions(gates={KEY: ">= 0.99"})
     assert judge([recipe], ours).passed
     assert not judge([recipe, name], ours).passed
@@ -153,6 +158,7 @@ def test_conditions_are_read_as_they_are_written():
         "non_inferiority": {KEY: 0.01},
         "retention": {KEY: ">= 0.9"},
         "worst_task": ">= 0.5",
+        "structure": ["vllm", "shapes"],
     }
     assert as_json(read_conditions(value, "gates.yaml")) == value
 
@@ -168,6 +174,8 @@ def test_conditions_are_read_as_they_are_written():
         ({"non_inferiority": {KEY: -1}}, "number of 0 or more"),
         ({"champion_margin": {"sentiment.f1": 0.1}}, "not a metric"),
         ({"worst_task": "<= 0.5"}, "floor"),
+        ({"structure": "vllm"}, "lists checks"),
+        ({"structure": ["vlm"]}, "did you mean 'vllm'?"),
         ([], "blocks"),
     ],
 )
