@@ -87,7 +87,7 @@ class Rank:
         """
         while self._loop is None or self._loop.is_alive():
             if self.mail.epoch > epoch:
-                raise Superseded(f"controller {self.mail.epoch} has taken over from controller {epoch}")
+                raise Superseded(self.mail.epoch, epoch)
             if self._loop is None:
                 time.sleep(LOOK_SECONDS)
             else:

@@ -258,7 +258,7 @@ def _rank_environment(card: Card) -> dict[str, str]:
 
 def _raise_superseded(error: RayError) -> None:
     if isinstance(error, RayTaskError) and isinstance(error.cause, Superseded):
-        raise Superseded(str(error.cause)) from error
+        raise Superseded(*error.cause.args) from error
 
 
 def _ended_words(rank: int, run: Any) -> str:

@@ -76,7 +76,7 @@ def test_cluster_host_whose_controller_is_killed_trains_on_and_obeys_the_next_on
     ray_cluster.send("lonely", Attach(jobs[1]))
     ray_cluster.stop_host("lonely")
     ray_cluster._gangs["lonely"] = gang
-    with pytest.raises(Superseded, match="controller 3 has taken over from controller 2"):
+    with pytest.raises(Superseded, match=r"another controller \(3\) has taken over from this one \(2\)"):
         poll_until(ray_cluster, "lonely", lambda event: False)
     assert ray_cluster.poll("lonely") == (), "it is another's"
     (living,) = ray_cluster.adopt(3)
