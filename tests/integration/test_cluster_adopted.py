@@ -5,7 +5,6 @@ Real Ray, two ranks, a controller in a process of its own; the last one in this 
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -25,32 +24,25 @@ from orchestrator.job import Reason, Status
 from orchestrator.plan.plan import make_plan
 from orchestrator.recipe.pipeline import load_pipeline
 from orchestrator.store.store import Store
+from tests.chaos.controllers import SUPERSEDED, work
 from tests.chaos.raylets import job, make_files
 from tests.contract.memory_registry import MemoryRegistry
 from tests.integration.conftest import poll_until
 from tests.integration.test_cluster_faults import ranks
 from tests.orchestrator.recipe_files import pipeline, write_yaml
-from workers.types import Attach, Attached, StepDone, Superseded, TrainingFinished
+from workers.types import Attach, Attached, StepDone, TrainingFinished
 
 SECONDS = 120.0
 STEPS = 400
-SUPERSEDED = 7
 
 
 def controller_of(folder: Path, cluster: Any, store: Store) -> Controller:
     return Controller(store, cluster, MemoryRegistry(folder / "registry"), folder / "home")
 
 
-def work(folder: str, home: str, address: str) -> None:
-    """A controller in a process of its own, until it is killed or another has taken over."""
-    from orchestrator.cluster.ray_cluster import RayCluster
-
-    with closing(Store.open(Path(folder) / "home" / "chorus.db")) as store:
-        cluster = RayCluster(Path(home), address=address)
-        try:
-            controller_of(Path(folder), cluster, store).run(forever=True, wait=lambda _: time.sleep(0.02))
-        except Superseded:
-            os._exit(SUPERSEDED)
+def begin(folder: str, home: str, address: str) -> None:
+    """In a process of its own."""
+    work(Path(folder), Path(home), address, MemoryRegistry(Path(folder) / "registry"))
 
 
 @dataclass
@@ -63,7 +55,7 @@ class World:
     def controller(self):
         """Killed at the end, if it still lives."""
         address = ray.get_runtime_context().gcs_address
-        script = "import sys; from tests.integration.test_cluster_adopted import work; work(*sys.argv[1:])"
+        script = "import sys; from tests.integration import test_cluster_adopted as t; t.begin(*sys.argv[1:])"
         command = [sys.executable, "-c", script, str(self.folder), str(self.ray_home), address]
         with (self.folder / "out.txt").open("ab") as out:
             process = subprocess.Popen(command, stdout=out, stderr=out)
