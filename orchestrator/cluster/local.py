@@ -104,7 +104,8 @@ class LocalCluster:
         try:
             self._tasks[task_id] = TaskResult(value=run(task))
         except Exception as error:
-            log.exception("task %s failed", task_id)
+            if not isinstance(error, BadInput):
+                log.exception("task %s failed", task_id)
             self._tasks[task_id] = TaskResult.of(error)
 
     def task_result(self, task_id: str) -> TaskResult | None:

@@ -70,7 +70,7 @@ def _training(work: Work, host: Host, living: LivingHost) -> Iterator[str]:
             continue
         trained = Path(spec.checkpoint_dir).name
         step = next(step for step in work.order(row.id).job.steps if step.id == trained)
-        work.depart(step, row, host.name)
+        work.depart(step, row, "host", host.name)
         yield row.id
 
 
@@ -88,7 +88,7 @@ def _scoring(work: Work, host: Host, living: LivingHost) -> Iterator[str]:
         found = next(_who_wants(work, host, request.request), None)
         if found is not None:
             row, step = found
-            work.depart(step, row, host.name)
+            work.depart(step, row, "host", host.name)
             _seat(work, host, row)
             yield row.id
 

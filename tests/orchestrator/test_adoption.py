@@ -12,7 +12,7 @@ import pytest
 from orchestrator.control.controller import Controller
 from orchestrator.job import Reason, Status
 from tests.contract.memory_registry import MemoryRegistry
-from tests.orchestrator.fakes import Fuse, Killed, Mortal
+from tests.orchestrator.fakes import Fuse, Killed, Mortal, at_once
 from tests.orchestrator.lasting import Lasting, Machines
 from tests.orchestrator.recipe_files import finance, support, write_world
 from tests.orchestrator.test_controller import World
@@ -30,7 +30,8 @@ class Lived(World):
 
     def controller(self, run: str | None = None, **changes: Any) -> Controller:
         self.cluster = Lasting(self.machines, changes.pop("cpus", 2.0), self.faults)
-        parts = {"store": self.store, "cluster": self.cluster, "registry": self.registry, **changes}
+        parts = {"store": self.store, "cluster": self.cluster, "registry": self.registry, "start": at_once}
+        parts |= changes
         return Controller(**parts, home=self.folder / "home", run=run, clock=lambda: self.now)
 
     def tick_until(self, controller: Controller, done: Callable[[], bool], most: int = 100) -> None:
@@ -86,10 +87,10 @@ def kill_after(world: Lived, calls: int) -> bool:
         controller.recover()
         while controller.tick():
             world.now += 1.0
+        controller.close()
     except Killed:
         world.deaths += 1
         return True
-    controller.close()
     return False
 
 

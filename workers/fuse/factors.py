@@ -46,6 +46,15 @@ def core(factors: Factors) -> Core:
     return Core(left, r_b @ r_a.T, right)
 
 
+def middle(factors: Factors) -> Tensor:
+    """[C, D], with the singular values of B A: `core` without its bases, at half the cost."""
+    low_b, low_a = (
+        torch.linalg.qr(columns, mode="r")[1] if columns.shape[0] > columns.shape[1] else columns
+        for columns in (factors.b, factors.a.T)
+    )
+    return low_b @ low_a.T
+
+
 def _side(columns: Tensor) -> tuple[Tensor, Tensor]:
     """Q and R; what is no higher than wide is its own R."""
     m, k = columns.shape
@@ -63,7 +72,7 @@ def svd(factors: Factors) -> Svd:
 
 def norm(factors: Factors) -> float:
     """Frobenius norm of B A. Through the core: a Gram product would lose half the digits of a small norm."""
-    return float(torch.linalg.matrix_norm(core(factors).middle))
+    return float(torch.linalg.matrix_norm(middle(factors)))
 
 
 def inner(one: Factors, other: Factors) -> float:

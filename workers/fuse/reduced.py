@@ -13,6 +13,7 @@ from torch import Tensor
 
 from workers.fuse.factors import Factors
 from workers.fuse.normal import Module
+from workers.fuse.rule import Turns
 
 WELL = 1e-5
 """R's smallest diagonal entry over its largest, from which on B R^-1 is orthonormal to some 1e-11."""
@@ -20,14 +21,24 @@ WELL = 1e-5
 
 @dataclass(frozen=True)
 class Reduced:
-    """`module` has the shares R_b,i R_a,i^T of D_i = Q_b R_b,i R_a,i^T Q_a^T; `back` turns a result."""
+    """Of `whole` with D_i = Q_b R_b,i R_a,i^T Q_a^T: `module` has the shares R_b,i R_a,i^T."""
 
+    whole: Module
     module: Module
     left: Callable[[Tensor], Tensor]
     right: Callable[[Tensor], Tensor]
 
-    def back(self, factors: Factors) -> Factors:
-        return Factors(self.right(factors.a.T).T, self.left(factors.b))
+    def turned(self, turns: Turns) -> Module:
+        """The module as far as a rule lets it be turned."""
+        if turns == "left":
+            shares = zip(self.whole.shares, self.module.shares, strict=True)
+            return replace(self.whole, shares=tuple(Factors(full.a, low.b) for full, low in shares))
+        return self.module if turns == "both" else self.whole
+
+    def back(self, factors: Factors, turns: Turns) -> Factors:
+        """A result in these coordinates, in the module's own."""
+        a = self.right(factors.a.T).T if turns == "both" else factors.a
+        return Factors(a, factors.b if turns == "none" else self.left(factors.b))
 
 
 def reduced(module: Module) -> Reduced:
@@ -36,7 +47,8 @@ def reduced(module: Module) -> Reduced:
     low_b, left = _side(torch.cat([share.b for share in module.shares], dim=1))
     low_a, right = _side(torch.cat([share.a for share in module.shares]).T)
     shares = zip(low_a.T.split(ranks), low_b.split(ranks, dim=1), strict=True)
-    return Reduced(replace(module, shares=tuple(Factors(a, b) for a, b in shares)), left, right)
+    low = replace(module, shares=tuple(Factors(a, b) for a, b in shares))
+    return Reduced(module, low, left, right)
 
 
 def _side(columns: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
