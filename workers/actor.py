@@ -47,6 +47,8 @@ class Card:
     """Of each rank."""
     epoch: int
     """Of the controller that started it: two hosts of one name are told apart by it."""
+    code: str
+    """Digest of this package as it was: the ranks go on with what they have imported."""
 
 
 class Rank:

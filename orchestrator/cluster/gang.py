@@ -13,6 +13,7 @@ import hashlib
 import logging
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ from ray.util import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+import workers
 from workers.actor import Card, RankActor
 from workers.hang import DEFAULT, ORPHAN_VARIABLE, VARIABLE, hang_seconds, orphan_seconds
 from workers.mail import Polled
+from workers.manifest import file_digest, json_digest
 from workers.serve import failure_words
 from workers.types import Command, Event, Roll, Superseded
 
@@ -185,12 +188,12 @@ def start_gang(card: Card, namespace: str, logs: Path) -> Gang:
 def take_over(namespace: str, epoch: int) -> list[tuple[Gang, Roll]]:
     """The gangs of a namespace that live on, held by controller `epoch` from now on.
 
-    What is left of others (a rank is dead, rank 0 does not answer or was never told to begin) is taken away.
-    Raises Superseded.
+    What is left of others is taken away (a rank is dead, rank 0 does not answer or was never told to begin),
+    and so are ranks that run another version of `workers` than ours. Raises Superseded.
     """
     names = set[str](list_named_actors())
     told = _ask_to_obey(_first_ranks(names, namespace), epoch)
-    whole = [(card, roll) for card, roll in told if names.issuperset(_names(card))]
+    whole = [(c, roll) for c, roll in told if names.issuperset(_names(c)) and c.code == code_digest()]
     for group in _groups(namespace).keys() - {_group_name(namespace, card) for card, _ in whole}:
         log.warning("what is left of %s is taken away", group)
         remove_placement_group(get_placement_group(group))
@@ -220,6 +223,14 @@ def _held(namespace: str, card: Card, roll: Roll, epoch: int) -> Gang:
     runs = [rank.ended.remote(epoch) for rank in ranks]
     group = get_placement_group(_group_name(namespace, card))
     return Gang(card, epoch, group, ranks, runs, after=roll.after, hang_seconds=hang_seconds())
+
+
+@cache
+def code_digest() -> str:
+    """Of all that a rank may import from us."""
+    folder = Path(workers.__file__).parent
+    files = {str(path.relative_to(folder)): file_digest(path) for path in folder.rglob("*.py")}
+    return json_digest(files)
 
 
 def _names(card: Card) -> list[str]:

@@ -29,6 +29,7 @@ from orchestrator.cluster.gang import (
     ANSWER_SECONDS,
     LAST_WORDS_SECONDS,
     Gang,
+    code_digest,
     first_line,
     namespace_of,
     start_gang,
@@ -109,7 +110,7 @@ class RayCluster:
         assert host not in self._gangs, f"host {host} is running already"
         on_gpus = ray.cluster_resources().get("GPU", 0.0) > 0
         threads = self._threads(world_size)
-        card = Card(host, base, world_size, on_gpus, threads, self._epoch)
+        card = Card(host, base, world_size, on_gpus, threads, self._epoch, code_digest())
         self._gangs[host] = start_gang(card, self._namespace, self._logs / host)
 
     def _threads(self, world_size: int) -> int:

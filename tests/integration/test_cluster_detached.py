@@ -9,15 +9,13 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 
-from tests.integration.conftest import poll_until
 from tests.integration.test_cluster_faults import ranks
 from workers.hang import ORPHAN_VARIABLE, orphan_seconds
 from workers.manifest import verify_folder
-from workers.types import Attach, BadInput, StepDone, Superseded, TrainingFinished
+from workers.types import BadInput
 
 SECONDS = 60.0
 FIRST = """
@@ -51,40 +49,6 @@ def first_controller(folder: Path, home: Path, size, base, *jobs):
     finally:
         process.kill()
         process.communicate()
-
-
-def test_cluster_host_whose_controller_is_killed_trains_on_and_obeys_the_next_one_alone(
-    ray_cluster, ray_home, base, jobs, tmp_path
-):
-    with first_controller(tmp_path, ray_home, 2, base, jobs[0]):
-        processes = ranks()
-    ended = Path(jobs[0].checkpoint_dir) / "adapter"
-    deadline = time.monotonic() + SECONDS
-    while not ended.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    verify_folder(ended)
-    (living,) = ray_cluster.adopt(3)
-    assert (living.name, living.world_size, living.base) == ("lonely", 2, base)
-    assert living.roll.attached == (jobs[0],), "nobody has taken in that it has finished"
-    assert ray_cluster.capacity().cpus == 0.0
-    events = poll_until(ray_cluster, "lonely", lambda event: isinstance(event, TrainingFinished))
-    steps = [event.step for event in events if isinstance(event, StepDone)]
-    assert steps == list(range(steps[0], 5))
-    assert ray_cluster.poll("lonely") == [], "which says that they were taken in"
-    gang = ray_cluster._gangs["lonely"]
-    gang.epoch = 2  # as one who was kept elsewhere while the third came
-    ray_cluster.send("lonely", Attach(jobs[1]))
-    ray_cluster.stop_host("lonely")
-    ray_cluster._gangs["lonely"] = gang
-    with pytest.raises(Superseded, match=r"another controller \(3\) has taken over from this one \(2\)"):
-        poll_until(ray_cluster, "lonely", lambda event: False)
-    assert ray_cluster.poll("lonely") == (), "it is another's"
-    (living,) = ray_cluster.adopt(3)
-    assert living.roll.attached == (), "neither the refused job, nor the one that has been heard of"
-    assert {process.pid for process in ranks()} == {process.pid for process in processes}
-    ray_cluster.stop_host("lonely")
-    assert psutil.wait_procs(processes, timeout=SECONDS)[1] == []
-    assert ray_cluster.adopt(4) == []
 
 
 def test_cluster_host_nobody_speaks_to_trains_to_the_end_and_then_gives_its_room_back(
