@@ -17,6 +17,8 @@ from tests.orchestrator.lasting import Lasting, Machines
 from tests.orchestrator.recipe_files import finance, support, write_world
 from tests.orchestrator.test_controller import World
 from tests.orchestrator.test_controller_restart import outcome
+from tests.orchestrator.test_distillation import DISTILL
+from tests.orchestrator.test_weight_search import SEARCH
 from workers.types import Attach, Superseded
 
 pytestmark = pytest.mark.usefixtures("unsynced")
@@ -121,13 +123,32 @@ def test_controller_killed_between_any_two_calls_has_its_hosts_taken_over_and_no
     assert calls > 100
 
 
-def test_controller_killed_again_and_again_leaves_no_step_to_be_done_twice(tmp_path, undisturbed):
-    world = pipeline_world(tmp_path / "again")
-    deaths = sum(kill_after(world, calls) for calls in range(20, 400, 11))
+@pytest.mark.parametrize(
+    "fusion",
+    [
+        {"rule": "distill", "rank": 8, "distill": DISTILL},
+        {"rule": "svd", "rank": 4, "search": SEARCH},
+    ],
+    ids=["distilled", "searched"],
+)
+def test_controller_killed_again_and_again_leaves_nothing_to_be_done_twice(tmp_path, fusion):
+    def made(name: str) -> Lived:
+        jobs = finance(max_steps=3), support(max_steps=4)
+        return make_world(tmp_path / name, *jobs, release={"out": "released"}, **fusion)
+
+    calm, world = made("calm"), made("again")
+    calm.run()
+    deaths = sum(kill_after(world, calls) for calls in range(20, 500, 23))
     world.run()
-    assert outcome(world) == undisturbed
+    assert outcome(world) == outcome(calm)
+    assert set(calm.statuses().values()) == {Status.SUCCEEDED}
+    assert (world.machines.steps.keys(), world.machines.requests.keys()) == (
+        calm.machines.steps.keys(),
+        calm.machines.requests.keys(),
+    )
     done_once(world)
-    world.store.close()
+    for each in (calm, world):
+        each.store.close()
     assert deaths > 5
 
 
