@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from orchestrator.disk import is_full
-from workers.types import BadInput, BaseSpec, Command, EvaluationReport, EvaluationSpec, Event, Task
+from workers.types import BadInput, BaseSpec, Command, EvaluationReport, EvaluationSpec, Event, Roll, Task
 
 # ---- cluster ------------------------------------------------------------------------------------------
 
@@ -45,12 +45,32 @@ class TaskResult:
         return cls(error=f"{type(error).__name__}: {first}", disk_full=is_full(error))
 
 
+@dataclass(frozen=True)
+class LivingHost:
+    """A host that outlived the controller that started it."""
+
+    name: str
+    base: BaseSpec
+    world_size: int
+    on_gpus: bool
+    roll: Roll
+    """What it was asked, and had not answered, as far as anybody has taken in."""
+
+
 class ClusterUnreachable(Exception):
     """The cluster does not answer or cannot be started."""
 
 
 class Cluster(Protocol):
     """Processes and resources. Calls return at once; outcomes arrive by `poll` and `task_result`."""
+
+    def adopt(self, epoch: int) -> Sequence[LivingHost]:
+        """Take over this home's hosts that live on, as controller number `epoch`, which must be its highest.
+
+        From then on they refuse whoever has a lower number, and the events that nobody has taken in come by
+        `poll`: some of them may have been acted upon already. Ask once, before anything else.
+        """
+        ...
 
     def capacity(self) -> Capacity: ...
 
@@ -63,7 +83,11 @@ class Cluster(Protocol):
         ...
 
     def poll(self, host: str) -> Sequence[Event]:
-        """Events since the last poll, in order, each exactly once. A dead host yields HostFailed."""
+        """Events since the last poll, in order, each exactly once. A dead host yields HostFailed.
+
+        A poll says that the events before it were taken in. Raises Superseded when another controller has
+        taken over: this one must stop, and its hosts are no longer its own.
+        """
         ...
 
     def stop_host(self, host: str) -> None:

@@ -1,4 +1,4 @@
-"""After how long a rank that says nothing is taken for hung. Standard library only: both sides read it."""
+"""After how long silence means death: of a rank, of a controller. Standard library only: both sides read."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from workers.types import BadInput
 
 VARIABLE = "CHORUS_HANG_SECONDS"
 DEFAULT = 120.0
+ORPHAN_VARIABLE = "CHORUS_HOST_ORPHAN_SECONDS"
+ORPHAN_DEFAULT = 3600.0
 LEAST = 1.0
 
 
@@ -17,11 +19,23 @@ def hang_seconds(environment: Mapping[str, str] = os.environ) -> float:
 
     Raises BadInput for a value that is no number of seconds.
     """
-    text = environment.get(VARIABLE, str(DEFAULT))
+    return _seconds(environment, VARIABLE, DEFAULT)
+
+
+def orphan_seconds(environment: Mapping[str, str] = os.environ) -> float:
+    """Of a host that has nothing to do on a controller: then it ends itself and gives its GPUs back.
+
+    Raises BadInput for a value that is no number of seconds.
+    """
+    return _seconds(environment, ORPHAN_VARIABLE, ORPHAN_DEFAULT)
+
+
+def _seconds(environment: Mapping[str, str], variable: str, default: float) -> float:
+    text = environment.get(variable, str(default))
     try:
         seconds = float(text)
     except ValueError:
         seconds = float("nan")
     if not LEAST <= seconds < float("inf"):
-        raise BadInput(f"{VARIABLE} is {text!r}; set it to a number of seconds from {LEAST:.0f} on, like 90")
+        raise BadInput(f"{variable} is {text!r}; set it to a number of seconds from {LEAST:.0f} on, like 90")
     return seconds

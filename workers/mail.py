@@ -140,7 +140,7 @@ class Mail:
 
     def _admit(self, epoch: int) -> None:
         if epoch < self.epoch:
-            raise Superseded(f"controller {self.epoch} has taken over from controller {epoch}")
+            raise Superseded(self.epoch, epoch)
         self._heard = self._clock()
 
     def _taken_in(self, event: Event) -> None:

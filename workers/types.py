@@ -24,6 +24,16 @@ class BadInput(ValueError):
 class Superseded(Exception):
     """Another controller has taken over from the one that speaks: it must stop, and touch nothing more."""
 
+    def __init__(self, newest: int, ours: int) -> None:
+        """Their epochs, which the store gives out."""
+        super().__init__(newest, ours)
+
+    def __str__(self) -> str:
+        newest, ours = self.args
+        return (
+            f"another controller ({newest}) has taken over from this one ({ours}); jobs and hosts are its own"
+        )
+
 
 # ---- what a host loads and a job asks for -----------------------------------------------------------
 

@@ -54,13 +54,14 @@ def kinds() -> tuple[tuple[type[BaseException], int], ...]:
     from orchestrator.store.engine import StoreUnreachable
     from orchestrator.store.store import NoSuchJob
     from workers.manifest import CorruptFolder
-    from workers.types import BadInput
+    from workers.types import BadInput, Superseded
 
     return (
         (BadInput, USAGE),
         (Refused, REFUSED),
         (RegistryConflict, REFUSED),
         (HomeBusy, REFUSED),
+        (Superseded, REFUSED),
         (NoSuchJob, NOT_FOUND),
         (NoSuchVersion, NOT_FOUND),
         (RegistryUnreachable, UNREACHABLE),

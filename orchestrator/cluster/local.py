@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from orchestrator.contracts import Capacity, TaskResult
+from orchestrator.contracts import Capacity, LivingHost, TaskResult
 from workers.host import Host
 from workers.mail import Mail
 from workers.ranks import Ranks
@@ -60,6 +60,10 @@ class LocalCluster:
     def __init__(self) -> None:
         self._hosts: dict[str, Served] = {}
         self._tasks: dict[str, TaskResult] = {}
+
+    def adopt(self, epoch: int) -> Sequence[LivingHost]:  # noqa: ARG002
+        """Its hosts end with this process: there are none."""
+        return ()
 
     def capacity(self) -> Capacity:
         """Room for one host of one rank: a second would slow the first without gaining anything."""

@@ -2,6 +2,7 @@
 
 The locks of the run and of the MLflow server go with their holders; a local Ray is ended by its watcher. What
 remains: wait for that watcher, so that no old rank writes beside a new one, and remove unpublished folders.
+On a Ray that exists hosts live on; the controller takes them over.
 """
 
 from __future__ import annotations
@@ -38,9 +39,13 @@ def watchers(home: Path) -> Iterator[psutil.Process]:
             continue
 
 
-def remove_unpublished(home: Path, releases: Iterable[Path]) -> None:
-    """Remove the scratch folders of killed writers, in `home` and beside the releases about to be written."""
-    for parent in (home / "fusions", home / "downloads", *(home / "checkpoints").glob("*")):
+def remove_unpublished(home: Path, releases: Iterable[Path], hosts_live: bool = False) -> None:
+    """Remove the scratch folders of killed writers, in `home` and beside the releases about to be written.
+
+    `hosts_live`: hosts may be writing checkpoints and searched fusions just now, and clean up by themselves.
+    """
+    written_by_hosts = [home / "fusions", *(home / "checkpoints").glob("*")]
+    for parent in (home / "downloads", *([] if hosts_live else written_by_hosts)):
         remove_scratch(parent)
     for release in releases:
         for path in release.parent.glob(f".{release.name}.*"):

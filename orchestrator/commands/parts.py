@@ -23,6 +23,11 @@ class ClusterChoice:
     """CPUs that a Ray of our own gives out; None for all of the machine's."""
     address: str | None = None
 
+    @property
+    def outlives_us(self) -> bool:
+        """Whether its hosts live on when the command is killed."""
+        return self.address is not None
+
 
 @dataclass(frozen=True)
 class Parts:

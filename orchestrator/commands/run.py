@@ -97,7 +97,9 @@ def _to_the_end(parts: Parts, options: RunOptions, store: Store, submitted: Subm
         while store.unfinished_jobs(run):
             try:
                 with home.claim():
-                    remove_unpublished(home.folder, releases(submitted.plan).values())
+                    remove_unpublished(
+                        home.folder, releases(submitted.plan).values(), options.cluster.outlives_us
+                    )
                     _work(parts, options, store, run, out)
             except HomeBusy:
                 _watch(store, run, home, out)

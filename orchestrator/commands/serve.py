@@ -20,7 +20,7 @@ def serve(parts: Parts, home: Home, choice: ClusterChoice, out: Console) -> int:
     with told_of_a_full_disk(home, f"chorus serve{home.flag()}"), ExitStack() as stack:
         stack.enter_context(home.claim())
         store = stack.enter_context(parts.store(home))
-        remove_unpublished(home.folder, releases_of(store.unfinished_jobs()))
+        remove_unpublished(home.folder, releases_of(store.unfinished_jobs()), choice.outlives_us)
         out.print(f"working in {home.folder}; Ctrl-C stops, what is done is kept", soft_wrap=True)
         try:
             work(parts, home, store, choice, lambda: None, forever=True)

@@ -9,7 +9,10 @@ Protocols.
 
 from __future__ import annotations
 
+import getpass
 import logging
+import os
+import platform
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -19,6 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.contracts import Cluster, ClusterUnreachable, Registry, RegistryUnreachable
 from orchestrator.control import picture
+from orchestrator.control.adoption import adopt
 from orchestrator.control.curve_export import Backoff, CurveExport
 from orchestrator.control.errands import Errands, Start, on_a_thread
 from orchestrator.control.host_events import hear
@@ -38,7 +42,7 @@ from orchestrator.scheduler import Decision, schedule
 from orchestrator.store.engine import StoreUnreachable
 from orchestrator.store.rows import JobRow
 from orchestrator.store.store import Store
-from workers.types import BadInput
+from workers.types import BadInput, Superseded
 
 TICK_SECONDS = 0.1
 DECIDE_SECONDS = 1.0
@@ -89,7 +93,8 @@ class Controller:
     ) -> None:
         """Until every job, or every one of run `until`, has finished and left its host; or `forever`.
 
-        Raises ClusterUnreachable, StoreUnreachable; what is done so far stays done.
+        Raises ClusterUnreachable, StoreUnreachable; what is done so far stays done. Raises Superseded when
+        another controller has taken over: hosts and jobs are its own then, and left as they are.
         """
         self.recover()
         try:
@@ -99,8 +104,12 @@ class Controller:
                     break
                 on_tick()
                 wait(TICK_SECONDS)
-        finally:
+        except Superseded:
+            raise
+        except BaseException:
             self.close()
+            raise
+        self.close()
 
     def _let_go(self, wait: Callable[[float], None]) -> None:
         """Jobs of other runs save what they have, for whoever works next."""
@@ -120,8 +129,12 @@ class Controller:
         )
 
     def recover(self) -> None:
-        """Queue again what a controller that was killed left under way. Call once, before the first tick."""
-        self._requeue(Reason.CONTROLLER_RESTARTED)
+        """Take over the hosts that outlived the last controller; queue again what else it left under way.
+
+        Call once, before the first tick.
+        """
+        going = adopt(self._work, self._run, f"{getpass.getuser()}@{platform.node()} ({os.getpid()})")
+        self._requeue(Reason.CONTROLLER_RESTARTED, going)
 
     def tick(self) -> bool:
         """One round; False when every job has finished and has left its host.
@@ -164,9 +177,9 @@ class Controller:
         self._curves.close([self._work.order(job) for job in self._work.jobs])
         self._errands.finish(CLOSE_SECONDS)
 
-    def _requeue(self, reason: Reason) -> None:
+    def _requeue(self, reason: Reason, going: frozenset[str] = frozenset()) -> None:
         for job in self._work.store.unfinished_jobs(self._run):
-            if job.status is not Status.WAITING:
+            if job.status is not Status.WAITING and job.id not in going:
                 self._work.store.switch_status(job.id, reason)
 
     # ---- moving on -------------------------------------------------------------------------------------
@@ -283,7 +296,7 @@ class Controller:
         """One job's failure is its own: it gets a status and a reason, and the loop goes on."""
         try:
             yield
-        except (SQLAlchemyError, StoreUnreachable, ClusterUnreachable):
+        except (SQLAlchemyError, StoreUnreachable, ClusterUnreachable, Superseded):
             raise
         except RegistryUnreachable as error:
             self._backoff.failed()

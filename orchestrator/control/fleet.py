@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from orchestrator.contracts import Cluster
+from orchestrator.contracts import Cluster, LivingHost
 from orchestrator.placement import NewHost
 from orchestrator.queue import Need
 from workers.types import BaseSpec, HostMeasured, HostReady
@@ -64,6 +64,16 @@ class Fleet:
         self._cluster.start_host(new.name, spec, new.world_size)
         self._started += 1
         self._hosts[new.name] = Host(new.name, new.base, new.world_size, new.slots, on_gpus)
+
+    def adopt(self, living: LivingHost, base: str) -> Host:
+        """Hold a host that outlived the last controller; `base` is what its jobs call it."""
+        slots = living.base.slots
+        host = Host(living.name, base, living.world_size, slots, living.on_gpus)
+        host.ready, host.measured = living.roll.ready, living.roll.measured
+        self._hosts[host.name] = host
+        # New hosts go on from the highest number, so that no two have one name.
+        self._started = max(self._started, int(host.name.rpartition("-")[2]))
+        return host
 
     def stop(self, name: str) -> Host:
         host = self._hosts.pop(name)

@@ -22,7 +22,7 @@ from orchestrator.job import Reason, Status, stays_paused
 from orchestrator.plan.steps import Step
 from orchestrator.store.rows import JobRow, Report
 from orchestrator.store.store import StaleAttempt, Store
-from workers.types import Detach
+from workers.types import Detach, Superseded
 
 REFRESH_SECONDS = 2.0
 
@@ -54,6 +54,8 @@ class Work:
         self.fleet = Fleet(cluster)
         self.books = Books.open(store.scheduling)
         self.flights: dict[str, Flight] = {}
+        self.epoch: int | None = None
+        """This controller's, once it has begun to work."""
         self.jobs: dict[str, JobRow] = {}
         self.parents: dict[str, Status] = {}
         self.ended: list[JobRow] = []
@@ -71,11 +73,13 @@ class Work:
         """Look at the store again, as others submit jobs while the controller runs; whether it has changed.
 
         Its newest event tells whether anything was; the whole is looked at now and then all the same, as two
-        transactions of PostgreSQL may commit in another order than they took their numbers.
+        transactions of PostgreSQL may commit in another order than they took their numbers. Raises
+        Superseded.
         """
         last = self.store.last_event()
         if last == self._last_event and self.clock() - self._refreshed < REFRESH_SECONDS:
             return False
+        self._still_the_one()
         self.jobs = {job.id: job for job in self.store.unfinished_jobs(run, known=self.jobs)}
         self.parents = self.store.statuses({p for job in self.jobs.values() for p in job.depends_on})
         self._last_event, self._refreshed = last, self.clock()
@@ -88,6 +92,11 @@ class Work:
                 words = "its stored plan cannot be read by this version of chorus; submit again"
                 self.switch(job, Reason.INTERNAL_ERROR, words)
         return True
+
+    def _still_the_one(self) -> None:
+        newest = self.store.epochs.newest()
+        if self.epoch is not None and newest != self.epoch:
+            raise Superseded(newest, self.epoch)
 
     def order(self, job: str) -> Order:
         if job not in self._orders:

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine, inspect, text
 from orchestrator.store.tables import WRITES
 from workers.types import BadInput
 
-HEAD = "0003"
+HEAD = "0004"
 """Revision of the newest migration: a store that has it is used as it is, and Alembic is not imported."""
 FIRST = "0001"
 """The tables as they were before there were migrations."""

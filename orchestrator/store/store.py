@@ -27,6 +27,7 @@ from orchestrator.job import (
 from orchestrator.store import tables
 from orchestrator.store.curves import CurveStore, write_points
 from orchestrator.store.engine import PATIENCE, open_engine, patiently
+from orchestrator.store.epochs import EpochStore
 from orchestrator.store.reading import (
     HEAVY,
     event_row,
@@ -74,6 +75,7 @@ class Store:
         self.patience = patience
         self.curves = CurveStore(engine, patience)
         self.scheduling = SchedulingStore(engine, patience)
+        self.epochs = EpochStore(engine, clock, patience)
         self._migrate()
 
     @patiently
@@ -90,7 +92,8 @@ class Store:
 
     def wait_for_it(self, seconds: float) -> None:
         """Wait so long for a server that is away, from now on."""
-        self.patience = self.curves.patience = self.scheduling.patience = seconds
+        for patient in (self, self.curves, self.scheduling, self.epochs):
+            patient.patience = seconds
 
     # ---- runs and jobs ----------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Boolean,
     Column,
     Float,
@@ -141,6 +142,15 @@ scheduling = Table(
     Column("value", JSON, nullable=False),
 )
 """One row: what the policy remembers from tick to tick."""
+
+controllers = Table(
+    "controllers",
+    metadata,
+    Column("epoch", BigInteger, primary_key=True, autoincrement=False),
+    Column("who", String(200), nullable=False),
+    Column("at", Float, nullable=False),
+)
+"""Every controller that began to work here; the one of the highest epoch is the one that may."""
 
 boards = Table(
     "boards",

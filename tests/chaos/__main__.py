@@ -6,8 +6,8 @@
     python -m tests.chaos ranks                    100 ranks killed and stopped, on several raylets; or
         --times 25 --parts FILE                    in parts, each added to what the file holds
     python -m tests.chaos nodes                    raylets killed under two hosts; the head killed
+    python -m tests.chaos controllers              controllers killed over a host in training
     python -m tests.chaos registry                 8 writers of 200 versions (--times), 2 promoters,
-                                                   the MLflow server killed twice; --postgres
     python -m tests.chaos tracking                 the MLflow server stopped for 600 s (--times: seconds)
 
 `--small` is the size that the suite runs. The exit code is 0 when the record is written, whatever it says.
@@ -25,7 +25,7 @@ from pathlib import Path
 from tests.bench.record import Machine, Outcome, write
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
-CASES = ("submissions", "saves", "draws", "ranks", "nodes", "registry", "tracking")
+CASES = ("submissions", "saves", "draws", "ranks", "nodes", "controllers", "registry", "tracking")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -55,7 +55,7 @@ def test_cluster_that_was_not_polled_for_longer_than_the_timeout_has_lost_no_hos
     poll_until(ray_cluster, "unheard", lambda event: isinstance(event, HostReady))
     gang = ray_cluster._gangs["unheard"]
     assert gang.answer is not None or ray_cluster.poll("unheard") == []
-    gang.answer = gang.answer or gang.ranks[0].poll.remote(gang.after)
+    gang.answer = gang.answer or gang.ranks[0].poll.remote(gang.after, gang.epoch)
     gang.heard = time.monotonic() - 60.0  # as if the controller had been kept elsewhere for a minute
     assert not [event for event in ray_cluster.poll("unheard") if isinstance(event, HostFailed)]
     ray_cluster.stop_host("unheard")

@@ -6,12 +6,12 @@ import json
 import struct
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.contracts import Capacity, TaskResult
+from orchestrator.contracts import Capacity, LivingHost, TaskResult
 from workers.manifest import folder_digest, json_digest, publish_folder, verify_folder
 from workers.types import (
     Attach,
@@ -82,6 +82,9 @@ class FakeHost:
         return [self.evaluate(command)]
 
     def attach(self, spec: JobSpec) -> list[Event]:
+        held = self.residents.get(spec.job)
+        if held is not None and held[0].attempt == spec.attempt:
+            return []  # said twice
         assert len(self.residents) < self.ready.slots, "no free slot"
         if self.faults.adapter_room is not None and self.residents:
             return [
@@ -218,6 +221,9 @@ class FakeCluster:
         self.tasks: dict[str, TaskResult] = {}
         self.log: list[tuple[str, Any]] = []
         self.polls = 0
+
+    def adopt(self, epoch: int) -> Sequence[LivingHost]:
+        return ()
 
     def capacity(self) -> Capacity:
         return Capacity(self.cpus - sum(self.sizes.values()), 0)

@@ -18,6 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import hypothesis
+import pytest
 import yaml
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -41,10 +42,11 @@ from orchestrator.store import engine as store_engine
 from orchestrator.store.store import Store
 from tests.contract.memory_registry import MemoryRegistry
 from tests.orchestrator.fakes import Later
+from tests.orchestrator.lasting import Lasting
 from tests.orchestrator.machine_world import plans, scratch, template
 from tests.orchestrator.wire import Wire
 from workers import manifest
-from workers.types import HostFailed
+from workers.types import HostFailed, Superseded
 
 MOST_RANKS = 6
 MAY_FAIL = {Reason.QUARANTINED, Reason.INTERNAL_ERROR, Reason.TOO_LARGE}
@@ -186,22 +188,38 @@ class Machine(RuleBasedStateMachine):
             if self.wire.capacity().cpus < 0:
                 self.wire.lose(host)
 
-    @rule()
-    def crash_controller(self) -> None:
-        """SIGKILL: its hosts go with it; what they told may come again to the next one. What it had asked of
-        the registry is done half of the time, and heard by nobody."""
+    @rule(hosts_too=st.booleans(), alone=st.integers(0, 4))
+    def crash_controller(self, hosts_too: bool, alone: int) -> None:
+        """SIGKILL: its hosts go with it, or work on `alone` for some rounds and are taken over.
+
+        What they told the last one may come again to the next one. What it had asked of the registry is done
+        half of the time, and heard by nobody.
+        """
         if self.random.random() < 0.5:
             self.answers.do()
         written = self.store.scheduling.read()
-        CONTENTS["controller crashes"] += 1
-        self.wire = Wire(int(self.wire.cpus), CONTENTS, self.wire.told)
+        machines = None if hosts_too else self.wire.machines
+        CONTENTS["controller crashes with all hosts" if hosts_too else "controller crashes"] += 1
+        former, self.wire = self.wire, Wire(int(self.wire.cpus), CONTENTS, self.wire.told, machines)
+        for host in sorted(self.wire.hosts):
+            CONTENTS["hosts that outlived their controller"] += 1
+            for _ in range(alone):
+                self.wire.machines.work(host)
+        attempts = {job.id: (job.status, job.attempt) for job in self.store.unfinished_jobs()}
         self.controller = self._start()
         assert written is None or Books.open(self.store.scheduling).value() == written
+        for host in self.wire.hosts:
+            with pytest.raises(Superseded):
+                Lasting.poll(former, host)
         work = self.controller._work
         work.refresh(None)
         unfinished = {job.id: job for job in self.store.unfinished_jobs()}
         assert work.jobs == unfinished
-        assert all(job.status is Status.WAITING for job in unfinished.values())
+        for job in unfinished.values():
+            assert job.status is Status.WAITING or (job.status, job.attempt) == attempts[job.id]
+        going = [job for job in unfinished.values() if job.status is not Status.WAITING]
+        assert not (going and hosts_too)
+        CONTENTS["jobs that went on over a crash"] += len(going)
 
     # ---- what always holds -----------------------------------------------------------------------------
 

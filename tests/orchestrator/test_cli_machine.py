@@ -13,6 +13,7 @@ from orchestrator.commands import doctor
 from orchestrator.commands.leftovers import remove_unpublished
 from orchestrator.home import Home, HomeBusy
 from tests.orchestrator.cli_world import CliWorld, assert_one_sentence
+from workers.types import Superseded
 
 
 @pytest.fixture
@@ -97,9 +98,21 @@ def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path):
     assert list((tmp_path / "home/downloads").iterdir()) == []
 
 
+def test_leftovers_beside_hosts_that_may_live_are_theirs_to_remove(tmp_path):
+    scratch = f".step-000010.{'a' * 32}"
+    written, fetched = tmp_path / "checkpoints/some-step" / scratch, tmp_path / "downloads" / scratch
+    for folder in (written, fetched):
+        folder.mkdir(parents=True)
+    remove_unpublished(tmp_path, [], hosts_live=True)
+    assert (written.exists(), fetched.exists()) == (True, False)
+    remove_unpublished(tmp_path, [])
+    assert not written.exists()
+
+
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
+        (Superseded(2, 1), 3, "another controller (2) has taken over from this one (1)"),
         (OSError(errno.ENOSPC, "No space left on device", "x.bin"), 1, "the disk takes no more (x.bin)"),
         (PermissionError(errno.EACCES, "Permission denied", "home"), 1, "Permission denied (home)"),
         (ModuleNotFoundError("No module named 'ray'", name="ray"), 1, "ray is not installed"),

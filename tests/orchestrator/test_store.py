@@ -6,6 +6,7 @@ import itertools
 import math
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import replace
 from uuid import uuid4
 
@@ -280,6 +281,24 @@ def test_request_of_a_finished_job_does_nothing(store, job):
     finish(store, job, Reason.CANCELLED_BY_USER)
     store.request(job, "cancel")
     assert store.open_requests() == ()
+
+
+def test_epoch_of_a_controller_is_above_every_earlier_one_whatever_the_clock_says(store_url):
+    now = [5000.0]
+    with closing(Store(store_url, clock=lambda: now[0])) as store:
+        assert store.epochs.newest() == 0
+        epochs = [store.epochs.begin("ann"), store.epochs.begin("ann")]
+        now[0] = 100.0
+        epochs.append(store.epochs.begin("bob"))
+        now[0] = 9000.0
+        epochs.append(store.epochs.begin("bob"))
+        assert epochs == [5000, 5001, 5002, 9000]
+        assert store.epochs.newest() == 9000
+
+
+def test_epochs_that_begin_at_once_are_all_different(store_url):
+    with closing(Store(store_url, clock=lambda: 7.0)) as store, ThreadPoolExecutor(4) as pool:
+        assert sorted(pool.map(lambda _: store.epochs.begin("ann"), range(12))) == list(range(7, 19))
 
 
 def test_metrics_of_a_resumed_job_overwrite_by_step(store, job):

@@ -93,7 +93,7 @@ def test_mail_of_an_earlier_controller_is_refused_and_has_no_effect():
         lambda: mail.poll(1, 1),
         lambda: mail.take_over(1),
     ):
-        with pytest.raises(Superseded, match="controller 2 has taken over from controller 1"):
+        with pytest.raises(Superseded, match=r"another controller \(2\) has taken over from this one \(1\)"):
             speak()
     assert mail.commands(0.0) == []
     assert mail.poll(0, 2).events == tuple(events(1))
