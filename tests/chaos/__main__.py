@@ -8,6 +8,7 @@
     python -m tests.chaos nodes                    raylets killed under two hosts; the head killed
     python -m tests.chaos controllers              controllers killed over a host in training
     python -m tests.chaos registry                 8 writers of 200 versions (--times), 2 promoters,
+                                                   the MLflow server killed twice; --postgres
     python -m tests.chaos tracking                 the MLflow server stopped for 600 s (--times: seconds)
 
 `--small` is the size that the suite runs. The exit code is 0 when the record is written, whatever it says.
