@@ -1,5 +1,7 @@
 """The loop: hear what happened, move every job on, decide, act. One synchronous thread.
 
+The registry alone is spoken to beside it (`errands`).
+
 Everything it holds in memory can be lost at any moment: the store has every status and every finished step,
 hosts find their newest checkpoint, and each step may be done twice. Knows `Cluster` and `Registry` as
 Protocols.
@@ -18,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from orchestrator.contracts import Cluster, ClusterUnreachable, Registry, RegistryUnreachable
 from orchestrator.control import picture
 from orchestrator.control.curve_export import Backoff, CurveExport
+from orchestrator.control.errands import Errands, Start, on_a_thread
 from orchestrator.control.host_events import hear
 from orchestrator.control.ledger import LostFolder
 from orchestrator.control.registration import GateFailed, Registration
@@ -41,6 +44,8 @@ TICK_SECONDS = 0.1
 DECIDE_SECONDS = 1.0
 """What depends on the clock alone (waits, shares, idle hosts) is looked at so often."""
 LET_GO_SECONDS = 30.0
+CLOSE_SECONDS = 15.0
+"""Given to the registry at the end: for what it was asked, and again for the last points of curves."""
 TOO_LARGE_PATIENCE = 30.0
 """Seconds a job that needs more ranks than the cluster shows stays queued: a node may be just coming up."""
 
@@ -58,13 +63,17 @@ class Controller:
         home: Path,
         run: str | None = None,
         clock: Callable[[], float] = time.time,
+        start: Start = on_a_thread,
     ) -> None:
+        """`start` has done what is asked of the registry."""
         self._home = home = home.resolve()
         self._run = run
         self._backoff = Backoff(clock)
         self._work = work = Work(store, cluster, home, clock)
-        self._curves = CurveExport(store, registry, self._backoff, clock)
-        self._steps = Steps(work, Registration(registry, work.ledger, self._curves, home), self._backoff)
+        self._errands = Errands(start)
+        self._curves = CurveExport(store, registry, self._errands, self._backoff, clock)
+        registration = Registration(registry, work.ledger, self._curves, home)
+        self._steps = Steps(work, registration, self._errands, self._backoff, self._guard)
         self._policy = PolicyFile(home / "teams.yaml")
         self._board = Board(work)
         self._decided_at = float("-inf")
@@ -124,7 +133,8 @@ class Controller:
         changed |= self._heed_requests()
         for host in work.fleet.hosts:
             changed |= hear(work, host)
-        changed |= self._steps.hear_tasks(self._guard)
+        changed |= self._steps.hear_tasks()
+        changed |= self._errands.hear()
         if changed or not 0 <= work.clock() - self._decided_at < DECIDE_SECONDS:
             self._decide()
         self._curves.tick([work.order(job) for job in work.jobs])
@@ -147,9 +157,12 @@ class Controller:
     def close(self) -> None:
         """Stop the hosts, queue what was under way, and export what can still be exported."""
         self._work.fleet.stop_all()
+        self._errands.finish(CLOSE_SECONDS)
         self._requeue(Reason.INTERRUPTED)
         self._board.clear()
+        self._end_runs()
         self._curves.close([self._work.order(job) for job in self._work.jobs])
+        self._errands.finish(CLOSE_SECONDS)
 
     def _requeue(self, reason: Reason) -> None:
         for job in self._work.store.unfinished_jobs(self._run):
@@ -185,12 +198,13 @@ class Controller:
         return waiting
 
     def _end_runs(self) -> None:
-        """Tell the registry of jobs that ended without a version."""
+        """Tell the registry of jobs that ended without a version; once it is not asked for one any more."""
+        asked = {flight.job for flight in self._work.flights.values() if flight.of == "registry"}
         for job in self._work.ended:
-            if job.status is not Status.SUCCEEDED:
+            if job.id not in asked and job.status is not Status.SUCCEEDED:
                 status = "KILLED" if job.status is Status.CANCELLED else "FAILED"
                 self._curves.end(self._work.order(job.id), status)
-        self._work.ended.clear()
+        self._work.ended = [job for job in self._work.ended if job.id in asked]
 
     def _keep_books(self, waiting: list[Waiting], policy: Policy) -> None:
         work, now = self._work, self._work.clock()

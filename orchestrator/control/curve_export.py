@@ -1,16 +1,20 @@
 """Training curves from the store to the registry, and the runs they belong to. Late is fine, lost is not.
 
-While the registry does not answer, points stay in the store; `Backoff` says when to try again.
+While the registry does not answer, points stay in the store; `Backoff` says when to try again. The registry
+is spoken to by `Errands`: `send` and what it calls write nothing into the store.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal
 
 from orchestrator.contracts import MetricPoint, Registry, RegistryUnreachable
+from orchestrator.control.errands import Errands
 from orchestrator.control.submission import Order
 from orchestrator.plan.steps import EvaluateWhat, FuseWhat, SearchWhat
 from orchestrator.registry.answers import DTYPE_TAG
@@ -23,7 +27,11 @@ EXPORT_EVERY = 3.0
 """Seconds between two looks for new points, at least."""
 JOBS_A_SECOND = 2.0
 """Each job's points are requests to the registry: with many jobs they go more rarely, more at a time."""
+POINTS_AT_ONCE = 1000
+"""Steps of a series in one errand."""
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
+
+Ending = Literal["FAILED", "KILLED"]
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +49,9 @@ class Backoff:
         return self._clock() < self._until
 
     def failed(self) -> None:
+        """Once for all that failed in the same absence: several may have been under way."""
+        if self.away:
+            return
         self._wait = min(LONGEST_WAIT, self._wait * 2 or FIRST_WAIT)
         self._until = self._clock() + self._wait
 
@@ -52,39 +63,83 @@ class CurveExport:
     """Runs of the jobs at hand, and their points."""
 
     def __init__(
-        self, store: Store, registry: Registry, backoff: Backoff, clock: Callable[[], float]
+        self,
+        store: Store,
+        registry: Registry,
+        errands: Errands,
+        backoff: Backoff,
+        clock: Callable[[], float],
     ) -> None:
         self._store = store
         self._registry = registry
+        self._errands = errands
         self._backoff = backoff
         self._clock = clock
         self._next = 0.0
         self._runs: dict[str, str] = {}
-        self._ended: list[tuple[Order, Literal["FAILED", "KILLED"]]] = []
+        self._late: dict[str, Order] = {}
+        """Series whose points are to be exported as soon as there is a way."""
+        self._ended: dict[str, tuple[Order, Ending]] = {}
 
     def tick(self, orders: Iterable[Order]) -> None:
-        """Export what has come since the last time, if it is time and the registry answers."""
-        if self._backoff.away or self._clock() < self._next:
-            return
-        self._next = self._clock() + EXPORT_EVERY
+        """Have exported what has come since the last time, if it is time and the registry answers."""
+        if not self._backoff.away and self._clock() >= self._next:
+            self._look(orders)
+        self._send_late()
+
+    def close(self, orders: Iterable[Order]) -> None:
+        """One last try, whatever the clock says."""
+        self._look(orders)
+        self._send_late()
+
+    def _look(self, orders: Iterable[Order]) -> None:
+        pending = self._store.curves.pending()
+        late = {order.series: order for order in orders if order.series in pending}
+        self._next = self._clock() + max(EXPORT_EVERY, len(late) / JOBS_A_SECOND)
+        self._late |= late | {series: order for series, (order, _) in self._ended.items()}
+
+    def end(self, order: Order, status: Ending) -> None:
+        """Mark the run of a job that will not be registered; when the registry answers."""
+        if order.series in self._runs or self._store.curves.read(order.series):
+            self._ended[order.series] = order, status
+
+    # ---- asked of the registry ---------------------------------------------------------------------------
+
+    def _send_late(self) -> None:
+        for series, order in list(self._late.items()):
+            if self._backoff.away:
+                return
+            if self._errands.free(lane := {series}):
+                del self._late[series]
+                _, ending = self._ended.get(series, (order, None))
+                ask = partial(self._send_and_end, order, ending)
+                self._errands.begin(lane, ask, partial(self._answered, order, ending))
+
+    def _send_and_end(self, order: Order, ending: Ending | None) -> Curves:
+        sent = self.send(order)
+        if ending is not None and sent == Curves():
+            self._registry.end_run(self.run_of(order), ending)
+        return sent
+
+    def _answered(self, order: Order, ending: Ending | None, answer: Future[Curves]) -> bool:
         try:
-            pending = self._store.curves.pending()
-            late = [order for order in orders if order.series in pending]
-            self._next += max(0.0, len(late) / JOBS_A_SECOND - EXPORT_EVERY)
-            spoke = [self._end_runs(), *(self.flush(order) for order in late)]
-            if any(spoke):
-                self._backoff.worked()
+            sent = answer.result()
+            self.sent(order, sent)
         except RegistryUnreachable:
             self._backoff.failed()
         except Exception:
             # A curve is not worth a job: it stays in the store, and registering says what is wrong.
             log.exception("the curves could not be exported")
             self._backoff.failed()
-
-    def close(self, orders: Iterable[Order]) -> None:
-        """One last try, whatever the clock says."""
-        self._next = 0.0
-        self.tick(orders)
+        else:
+            if ending is not None and sent == Curves():
+                self._ended.pop(order.series, None)
+            elif ending is not None or len(sent.steps) == POINTS_AT_ONCE:
+                self._late[order.series] = order
+            if ending is not None or sent != Curves():
+                self._backoff.worked()
+        self._send_late()
+        return False
 
     def run_of(self, order: Order) -> str:
         """The registry's run of a job, made with its inputs and recipe if absent."""
@@ -92,28 +147,21 @@ class CurveExport:
             self._runs[order.series] = self._start_run(order)
         return self._runs[order.series]
 
-    def flush(self, order: Order) -> bool:
-        """Export every point of a job; whether there was any. Raises RegistryUnreachable."""
-        found = False
-        while (curves := self._store.curves.unexported(order.series)) != Curves():
+    def behind(self, order: Order) -> bool:
+        """Whether the registry lacks points of a job."""
+        return self._store.curves.unexported(order.series, limit=1) != Curves()
+
+    def send(self, order: Order) -> Curves:
+        """Tell the registry the next points that it lacks of a job, if any. Raises RegistryUnreachable."""
+        curves = self._store.curves.unexported(order.series, POINTS_AT_ONCE)
+        if curves != Curves():
             self._registry.log_metrics(self.run_of(order), points_of(curves))
+        return curves
+
+    def sent(self, order: Order, curves: Curves) -> None:
+        """The registry has them now."""
+        if curves != Curves():
             self._store.curves.mark_exported(order.series, curves)
-            found = True
-        return found
-
-    def end(self, order: Order, status: Literal["FAILED", "KILLED"]) -> None:
-        """Mark the run of a job that will not be registered; when the registry answers."""
-        if order.series in self._runs or self._store.curves.read(order.series):
-            self._ended.append((order, status))
-
-    def _end_runs(self) -> bool:
-        found = bool(self._ended)
-        while self._ended:
-            order, status = self._ended[0]
-            self.flush(order)
-            self._registry.end_run(self.run_of(order), status)
-            del self._ended[0]
-        return found
 
     def _start_run(self, order: Order) -> str:
         job = order.job

@@ -56,11 +56,11 @@ class Ledger:
         return tuple(step for step in order.job.steps if step.id not in self._results)
 
     def result(self, step: str) -> Mapping[str, Any]:
-        """A finished step's result. Raises KeyError."""
-        if step not in self._results:
-            # Done by another job since this one's steps were looked up.
-            self._results |= {key: row.result for key, row in self._store.finished_steps({step}).items()}
-        return self._results[step]
+        """A finished step's result. Raises KeyError. An errand may ask: this changes nothing."""
+        if (known := self._results.get(step)) is not None:
+            return known
+        # Done by a job that is not at hand any more.
+        return self._store.finished_steps({step})[step].result
 
     def finish(self, step: str, kind: str, job: str, result: Mapping[str, Any]) -> None:
         self._store.finish_step(step, kind, job, result)

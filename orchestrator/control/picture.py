@@ -21,7 +21,7 @@ def snapshot(work: Work, policy: Policy, waiting: list[Waiting]) -> Snapshot:
         capacity=work.cluster.capacity(),
         hosts=tuple(_view(work, books, host, now) for host in work.fleet.hosts),
         waiting=tuple(replace(job, waiting_since=books.waiting_since.get(job.job, now)) for job in waiting),
-        running_tasks=sum(flight.host is None for flight in work.flights.values()),
+        running_tasks=sum(flight.of == "task" for flight in work.flights.values()),
         bases_to_come=_bases_to_come(work),
         next_host=work.fleet.next_number,
         now=now,

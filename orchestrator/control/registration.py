@@ -1,12 +1,13 @@
 """The two steps that speak to the registry: register a version whole, and judge and promote it.
 
-Each may be interrupted anywhere and done again; neither changes a job's status.
+Each may be interrupted anywhere and done again; neither changes a job's status. Both are done on an errand's
+thread, as is `fetch`: they read what is finished and change nothing but the registry.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,6 @@ class Registration:
     def register(self, order: Order, step_id: str) -> dict[str, Any]:
         """One whole version in the registry, beside its run's evaluation; the step's result."""
         new = self._new_version(order, step_id)
-        self.curves.flush(order)
         self.registry.log_evaluation(new.run_id, new.scores)
         self.registry.log_evaluation(new.run_id, new.base_scores, prefix="base")
         version = self.registry.register(new)
@@ -79,8 +79,11 @@ class Registration:
         findings = [_finding(finding) for finding in verdict.findings]
         return {"name": what.name, "version": number, "champion": what.promote, "findings": findings}
 
-    def registered_adapter(self, order: Order, reference: str) -> Path:
-        """The folder of NAME@REF, fetched and verified. Raises BadInput if that is another version now."""
+    def fetch(self, order: Order, references: Iterable[str]) -> dict[str, str]:
+        """NAME@REF -> folder, fetched and verified. Raises BadInput if that is another version now."""
+        return {reference: str(self._fetch(order, reference)) for reference in references}
+
+    def _fetch(self, order: Order, reference: str) -> Path:
         version = self._planned_version(order, reference)
         return self.registry.download(version, self.home / "downloads" / version.digest)
 
@@ -91,8 +94,7 @@ class Registration:
 
     def released_card(self, order: Order) -> str:
         """The card that the version was registered with; it tells of the champion of that moment."""
-        registered = self.ledger.result(order.job.step("register").id)
-        return str(registered.get("card") or self._card(order))
+        return str(self.ledger.result(order.job.step("register").id)["card"])
 
     def _card(self, order: Order) -> str:
         """The README.md of a job's version."""

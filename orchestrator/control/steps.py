@@ -5,13 +5,17 @@ Steps of a job are done in order, one at a time. Nothing here decides who goes f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from orchestrator.contracts import TaskResult
 from orchestrator.control.curve_export import Backoff
+from orchestrator.control.errands import Errands
 from orchestrator.control.fleet import Host
 from orchestrator.control.ledger import Ledger
 from orchestrator.control.registration import Registration
@@ -26,28 +30,44 @@ from orchestrator.plan.steps import (
     SearchWhat,
     Step,
     TrainWhat,
+    registered_adapters,
 )
 from orchestrator.policy import DEFAULT_TEAM
 from orchestrator.queue import Need, Waiting
 from orchestrator.store.rows import JobRow
 from workers.types import Attach, Command, Evaluate, ExportTask, FuseTask, SearchSpec, SearchWeights, Task
 
+T = TypeVar("T")
+Guard = Callable[[str], AbstractContextManager[None]]
+"""Under which something is done for a job: what it raises becomes the job's status."""
+
 
 class Steps:
     """Carries jobs through their steps."""
 
-    def __init__(self, work: Work, registration: Registration, registry_backoff: Backoff) -> None:
+    def __init__(
+        self,
+        work: Work,
+        registration: Registration,
+        errands: Errands,
+        registry_backoff: Backoff,
+        guard: Guard,
+    ) -> None:
         self._work = work
         self._ledger: Ledger = work.ledger
         self._registration = registration
+        self._errands = errands
         self._backoff = registry_backoff
+        self._guard = guard
+        self._fetched: dict[tuple[str, int], dict[str, str]] = {}
+        """(job, attempt) -> NAME@REF -> folder, for what is asked for next."""
 
     def advance(self, job: JobRow) -> Waiting | None:
         """Do what can be done for a job now; what it waits for, if that is the scheduler's to give."""
         order = self._work.order(job.id)
         remaining = self._ledger.remaining(order)
         if job.status is Status.WAITING:
-            return self._ask(job, order, remaining)
+            return self._wants(job, order, remaining)
         if not remaining:
             return self._succeed(job)
         if remaining[0].id in self._work.flights:
@@ -61,12 +81,12 @@ class Steps:
             return self._speak_to_registry(job, order, remaining)
         if need is Need.CPU or host is None or (need is Need.SLOT and job.id not in host.residents):
             self._work.leave(job)
-            return self._ask(job, order, remaining)
+            return self._wants(job, order, remaining)
         if host.ready is not None:
             self._send_all(job, order, remaining, host)
         return None
 
-    def _ask(self, job: JobRow, order: Order, remaining: tuple[Step, ...]) -> Waiting | None:
+    def _wants(self, job: JobRow, order: Order, remaining: tuple[Step, ...]) -> Waiting | None:
         if job.reason is Reason.PAUSED_BY_USER:
             return None
         if job.reason is Reason.REGISTRY_AWAY and self._backoff.away:
@@ -78,7 +98,8 @@ class Steps:
         need = order.seat_need(remaining)
         if remaining and remaining[0].id in self._work.flights:
             other = self._work.flights[remaining[0].id].job
-            self._work.switch(job.id, Reason.WAITS_FOR_HOST, f"{other} is doing the same work for both")
+            if other != job.id:
+                self._work.switch(job.id, Reason.WAITS_FOR_HOST, f"{other} is doing the same work for both")
             return None
         planned = order.job
         return Waiting(
@@ -108,32 +129,35 @@ class Steps:
         """The next step; if it is to score, all that is to be scored next: a host does that together."""
         scores = takewhile(lambda step: isinstance(step.what, EvaluateWhat), remaining)
         asked = [step for step in scores if step.id not in self._work.flights] or [remaining[0]]
+        if not self._at_hand(job, order, asked):
+            return
         # All are made before one is sent: a folder that is lost keeps all back.
-        for step, command in [(step, self._command(job, order, step)) for step in asked]:
-            self._work.depart(step, job, host.name)
+        for step, command in [(step, self._command(job, step)) for step in asked]:
+            self._work.depart(step, job, "host", host.name)
             self._work.cluster.send(host.name, command)
+        self._fetched.pop((job.id, job.attempt), None)
         if job.status is Status.STARTING and not isinstance(remaining[0].what, TrainWhat):
             self._work.switch(job.id, Reason.ATTACHED)
 
-    def _command(self, job: JobRow, order: Order, step: Step) -> Command:
+    def _command(self, job: JobRow, step: Step) -> Command:
         if isinstance(step.what, TrainWhat):
             folder = str(self._ledger.checkpoint_dir(step.id))
-            spec = step.what.attempt(job.id, job.attempt, folder, lambda name: self._folder(order, name))
-            return Attach(spec)
+            return Attach(step.what.attempt(job.id, job.attempt, folder, partial(self._folder, job)))
         if isinstance(step.what, SearchWhat):
-            return SearchWeights(step.id, self._search(order, step.id, step.what))
+            return SearchWeights(step.id, self._search(job, step.id, step.what))
         assert isinstance(step.what, EvaluateWhat), f"a host does not do {step.kind}"
-        folder = self._folder_of(order, step.what.adapter)
+        adapter = step.what.adapter
+        folder = None if adapter is None else self._folder(job, adapter)
         return Evaluate(step.id, folder, step.what.evaluation)
 
-    def _search(self, order: Order, step: str, what: SearchWhat) -> SearchSpec:
-        plan = self._fuse_task(order, what.fuse, step)
+    def _search(self, job: JobRow, step: str, what: SearchWhat) -> SearchSpec:
+        plan = self._fuse_task(job, what.fuse, step)
         folder = str(self._ledger.search_dir(step))
         return SearchSpec(plan, what.tasks, what.trials, folder, what.groups, what.seed)
 
-    def _fuse_task(self, order: Order, what: FuseWhat, step: str) -> FuseTask:
+    def _fuse_task(self, job: JobRow, what: FuseWhat, step: str) -> FuseTask:
         return FuseTask(
-            adapter_dirs=tuple(self._folder(order, adapter) for adapter, _ in what.adapters),
+            adapter_dirs=tuple(self._folder(job, adapter) for adapter, _ in what.adapters),
             weights=tuple(weight for _, weight in what.adapters),
             rule=what.rule,
             rank=what.rank,
@@ -141,13 +165,10 @@ class Steps:
             out_dir=str(self._ledger.fusion_dir(step)),
         )
 
-    def _folder_of(self, order: Order, adapter: str | None) -> str | None:
-        """The verified folder of a step's adapter or of a registered one; None for the base alone."""
-        return None if adapter is None else self._folder(order, adapter)
-
-    def _folder(self, order: Order, adapter: str) -> str:
+    def _folder(self, job: JobRow, adapter: str) -> str:
+        """The verified folder of a step's adapter, or of a registered one that is at hand."""
         if "@" in adapter:
-            return str(self._registration.registered_adapter(order, adapter))
+            return self._fetched[job.id, job.attempt][adapter]
         return str(self._ledger.adapter_dir(adapter))
 
     # ---- on a CPU --------------------------------------------------------------------------------------
@@ -156,20 +177,22 @@ class Steps:
         """Run the job's next step as a CPU task."""
         order = self._work.order(job.id)
         step = self._ledger.remaining(order)[0]
-        task = self._task(order, step)
-        self._work.depart(step, job, None)
+        if not self._at_hand(job, order, [step]):
+            return
+        task = self._task(job, order, step)
+        self._work.depart(step, job, "task")
         self._work.cluster.submit_task(step.id, task)
+        self._fetched.pop((job.id, job.attempt), None)
         if job.status is Status.STARTING:
             self._work.switch(job.id, Reason.ATTACHED)
 
-    def _task(self, order: Order, step: Step) -> Task:
+    def _task(self, job: JobRow, order: Order, step: Step) -> Task:
         if isinstance(step.what, FuseWhat):
-            return self._fuse_task(order, step.what, step.id)
+            return self._fuse_task(job, step.what, step.id)
         assert isinstance(step.what, ReleaseWhat), f"no task does {step.kind}"
-        adapter, base = self._folder_of(order, order.registered.adapter), order.job.base
-        assert adapter is not None
+        base = order.job.base
         return ExportTask(
-            adapter_dir=adapter,
+            adapter_dir=self._folder(job, order.registered.adapter),
             base_path=base.path,
             merged=step.what.merged,
             out_dir=step.what.out,
@@ -181,15 +204,15 @@ class Steps:
             name=self._registration.registered_label(order),
         )
 
-    def hear_tasks(self, guard: Callable[[str], Any]) -> bool:
+    def hear_tasks(self) -> bool:
         """Take in every CPU task that has ended; whether one has."""
         heard = False
         for key, flight in list(self._work.flights.items()):
-            result = self._work.cluster.task_result(key) if flight.host is None else None
+            result = self._work.cluster.task_result(key) if flight.of == "task" else None
             if result is not None:
                 del self._work.flights[key]
                 heard = True
-                with guard(flight.job):
+                with self._guard(flight.job):
                     self._task_ended(flight, result)
         return heard
 
@@ -216,17 +239,52 @@ class Steps:
     # ---- with the registry -----------------------------------------------------------------------------
 
     def _speak_to_registry(self, job: JobRow, order: Order, remaining: tuple[Step, ...]) -> None:
-        """Do one registry step; it blocks for as long as the registry takes."""
+        """Have one registry step done; before an adapter is registered, its curve is told to the end."""
         self._work.leave(job)
-        if self._backoff.away:
-            self._work.switch(job.id, Reason.REGISTRY_AWAY)
+        if self._away(job):
             return
         if job.status is not Status.STOPPING and all(NEEDS[s.kind] is Need.NOTHING for s in remaining):
             self._work.switch(job.id, Reason.STEPS_DONE)
-        step = remaining[0]
+        step, curves = remaining[0], self._registration.curves
+        done = partial(self._ledger.finish, step.id, step.kind, job.id)
+        name, series = f"name {order.registered.name}", order.series
         if isinstance(step.what, PromoteWhat):
-            result = self._registration.promote(order, step.what)
+            self._ask(job, step, {name}, partial(self._registration.promote, order, step.what), done)
+        elif not self._errands.free({name, series}):
+            return
+        elif curves.behind(order):
+            self._ask(job, step, {series}, partial(curves.send, order), partial(curves.sent, order))
         else:
-            result = self._registration.register(order, step.id)
-        self._backoff.worked()
-        self._ledger.finish(step.id, step.kind, job.id, result)
+            self._ask(job, step, {name, series}, partial(self._registration.register, order, step.id), done)
+
+    def _at_hand(self, job: JobRow, order: Order, steps: Sequence[Step]) -> bool:
+        """Whether the registered adapters that steps read are here; if not, they are asked for."""
+        wanted = frozenset[str]().union(*(registered_adapters(step.what) for step in steps))
+        if wanted <= self._fetched.get((job.id, job.attempt), {}).keys():
+            return True
+        if not self._away(job):
+            fetched = partial(self._fetched.__setitem__, (job.id, job.attempt))
+            lanes = {order.adapters[name] for name in wanted}
+            self._ask(job, steps[0], lanes, partial(self._registration.fetch, order, wanted), fetched)
+        return False
+
+    def _away(self, job: JobRow) -> bool:
+        if self._backoff.away:
+            self._work.switch(job.id, Reason.REGISTRY_AWAY)
+        return self._backoff.away
+
+    def _ask(
+        self, job: JobRow, step: Step, lanes: Set[str], ask: Callable[[], T], take_in: Callable[[T], Any]
+    ) -> None:
+        """Have something done by the registry for a step, if there is a way; else it is tried again."""
+        if self._errands.free(lanes):
+            self._work.depart(step, job, "registry")
+            self._errands.begin(lanes, ask, partial(self._answered, step.id, job.id, take_in))
+
+    def _answered(self, step: str, job: str, take_in: Callable[[T], Any], answer: Future[T]) -> bool:
+        del self._work.flights[step]
+        with self._guard(job):
+            found = answer.result()
+            self._backoff.worked()
+            take_in(found)
+        return True

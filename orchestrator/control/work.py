@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from orchestrator.contracts import Cluster
 from orchestrator.control.books import Books
@@ -28,14 +29,18 @@ REFRESH_SECONDS = 2.0
 log = logging.getLogger(__name__)
 
 
+Asked = Literal["host", "task", "registry"]
+
+
 @dataclass(frozen=True)
 class Flight:
-    """A step asked of a host, or (None) of a CPU task. Another job that has the same step waits for it."""
+    """A step that someone was asked for. Another job that has the same step waits for it."""
 
     step: Step
     job: str
     attempt: int
-    host: str | None
+    of: Asked
+    host: str | None = None
 
 
 class Work:
@@ -172,8 +177,8 @@ class Work:
 
     # ---- flights ---------------------------------------------------------------------------------------
 
-    def depart(self, step: Step, job: JobRow, host: str | None) -> None:
-        self.flights[step.id] = Flight(step, job.id, job.attempt, host)
+    def depart(self, step: Step, job: JobRow, of: Asked, host: str | None = None) -> None:
+        self.flights[step.id] = Flight(step, job.id, job.attempt, of, host)
 
     def drop_flights(self, host: Host) -> None:
         """The host is gone, and with it what it was asked for."""

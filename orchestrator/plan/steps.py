@@ -125,6 +125,22 @@ class ReleaseWhat:
 What = EvaluateWhat | TrainWhat | FuseWhat | SearchWhat | RegisterWhat | PromoteWhat | ReleaseWhat
 
 
+def registered_adapters(what: What) -> frozenset[str]:
+    """The NAME@REF of which a host or a CPU task needs the files."""
+    match what:
+        case EvaluateWhat():
+            named = (what.adapter,)
+        case TrainWhat():
+            named = (*what.teachers, what.start)
+        case FuseWhat():
+            named = tuple(adapter for adapter, _ in what.adapters)
+        case SearchWhat():
+            named = tuple(adapter for adapter, _ in what.fuse.adapters)
+        case RegisterWhat() | PromoteWhat() | ReleaseWhat():
+            named = ()
+    return frozenset(name for name in named if name is not None and "@" in name)
+
+
 @dataclass(frozen=True)
 class Step:
     id: str

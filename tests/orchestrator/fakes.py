@@ -258,6 +258,28 @@ def run_task(task: Any) -> TaskResult:
     return TaskResult(value={"out_dir": str(folder), **fused})
 
 
+def at_once(work: Callable[[], None]) -> None:
+    """Has an errand done on the spot: no thread, so every run is the same."""
+    work()
+
+
+class Later:
+    """Errands are done when the test says so, in the order in which they were begun."""
+
+    def __init__(self) -> None:
+        self.held = False
+        self.waiting: list[Callable[[], None]] = []
+
+    def __call__(self, work: Callable[[], None]) -> None:
+        self.waiting.append(work)
+        if not self.held:
+            self.do()
+
+    def do(self) -> None:
+        while self.waiting:
+            self.waiting.pop(0)()
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: nothing may catch it."""
 

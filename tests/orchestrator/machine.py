@@ -40,6 +40,7 @@ from orchestrator.scheduler import Decision, Snapshot, schedule
 from orchestrator.store import engine as store_engine
 from orchestrator.store.store import Store
 from tests.contract.memory_registry import MemoryRegistry
+from tests.orchestrator.fakes import Later
 from tests.orchestrator.machine_world import plans, scratch, template
 from tests.orchestrator.wire import Wire
 from workers import manifest
@@ -71,7 +72,10 @@ class Machine(RuleBasedStateMachine):
 
     def _start(self) -> Controller:
         home = self.folder / "home"
-        controller = Controller(self.store, self.wire, self.registry, home, clock=lambda: self.now)
+        self.answers = Later()
+        controller = Controller(
+            self.store, self.wire, self.registry, home, clock=lambda: self.now, start=self.answers
+        )
         controller.recover()
         return controller
 
@@ -152,6 +156,16 @@ class Machine(RuleBasedStateMachine):
         self.wire.queues.setdefault(host, []).append(event)
         CONTENTS["reports of long ago that came again"] += 1
 
+    # ---- the registry ----------------------------------------------------------------------------------
+
+    @rule()
+    def hold_back_the_registry(self) -> None:
+        """It hangs, or it answers again."""
+        CONTENTS["times the registry hung"] += not self.answers.held
+        self.answers.held = not self.answers.held
+        if not self.answers.held:
+            self.answers.do()
+
     # ---- the machines ----------------------------------------------------------------------------------
 
     @precondition(lambda self: self.wire.hosts)
@@ -174,7 +188,10 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def crash_controller(self) -> None:
-        """SIGKILL: its hosts go with it; what they told may come again to the next one."""
+        """SIGKILL: its hosts go with it; what they told may come again to the next one. What it had asked of
+        the registry is done half of the time, and heard by nobody."""
+        if self.random.random() < 0.5:
+            self.answers.do()
         written = self.store.scheduling.read()
         CONTENTS["controller crashes"] += 1
         self.wire = Wire(int(self.wire.cpus), CONTENTS, self.wire.told)
@@ -242,6 +259,8 @@ class Machine(RuleBasedStateMachine):
         try:
             self.wire.faults_of_wire.clear()
             self.wire.held_back.clear()
+            self.answers.held = False
+            self.answers.do()
             self.wire.cpus = float(MOST_RANKS)
             self.now = max(self.now, max((job.submitted_at for job in self.store.jobs()), default=0.0))
             for job in self.store.unfinished_jobs():

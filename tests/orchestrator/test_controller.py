@@ -21,7 +21,7 @@ from orchestrator.scheduler import schedule
 from orchestrator.store.rows import JobRow
 from orchestrator.store.store import Store
 from tests.contract.memory_registry import MemoryRegistry
-from tests.orchestrator.fakes import METRICS, FakeCluster, Faults
+from tests.orchestrator.fakes import METRICS, FakeCluster, Faults, at_once
 from tests.orchestrator.recipe_files import finance, fuse, pipeline, support, write_world, write_yaml
 from workers.types import BadInput
 
@@ -51,7 +51,8 @@ class World:
 
     def controller(self, run: str | None = None, **changes: Any) -> Controller:
         self.cluster = FakeCluster(faults=self.faults, cpus=changes.pop("cpus", 2.0))
-        parts = {"store": self.store, "cluster": self.cluster, "registry": self.registry, **changes}
+        parts = {"store": self.store, "cluster": self.cluster, "registry": self.registry, "start": at_once}
+        parts |= changes
         return Controller(**parts, home=self.folder / "home", run=run, clock=lambda: self.now)
 
     def run(self, run: str | None = None, most: int = 300, on_tick: Any = None, **changes: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ def outcome(world: World) -> dict[str, Any]:
         "versions": [(v.name, v.version, v.digest, v.aliases, v.metrics) for v in registry.versions()],
         "gates": [v.tags["gate.status"] for v in registry.versions()],
         "runs": sorted((run.name, run.status, sorted(run.points.items())) for run in registry.runs.values()),
-        "releases": [(move.name, move.source, move.target) for move in registry.releases],
+        "releases": sorted(
+            ((move.name, move.source, move.target) for move in registry.releases), key=itemgetter(0)
+        ),
         "released": sorted(path.name for path in (world.folder / "released").iterdir()),
         "steps": Counter(row.kind for row in world.store.finished_steps().values()),
     }
