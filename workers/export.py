@@ -80,15 +80,15 @@ def export(task: ExportTask) -> dict[str, Any]:
     adapter = scored = read_adapter(source)
     check_finite(adapter, task.adapter_dir)
     check_fit(adapter, base)
-    contents = _contents(task)
+    fresh = not out.exists()
+    contents = _contents(task) if fresh else _contents(task) | _base_files(task)
     if task.repair:
         adapter = repaired(scored)
     found = [] if task.merged else obstacles(adapter, base)
-    fresh = not out.exists()
     if fresh:
         known: dict[str, str] = {}
         with publish_folder(out, contents, known) as scratch:
-            _write_weights(task, adapter, scratch, known)
+            contents |= _write_weights(task, adapter, scratch, known)
             _write_documents(task, adapter, found, scratch)
             known |= {name: entry["sha256"] for name, entry in folder_files(scratch, known).items()}
             (scratch / BOM).write_text(_bill(task, contents, known))
@@ -102,16 +102,23 @@ def export(task: ExportTask) -> dict[str, Any]:
     }
 
 
-def _write_weights(task: ExportTask, adapter: Adapter, out: Path, known: dict[str, str]) -> None:
+def _write_weights(task: ExportTask, adapter: Adapter, out: Path, known: dict[str, str]) -> dict[str, Any]:
+    """What the manifest also has to say: which bytes of the base a merged model was made from."""
     base = Path(task.base_path)
     if task.merged:
-        known |= write_merged(adapter, base, out, getattr(torch, task.dtype))
+        hash_base = bool(task.base_weights) or not task.base_digest
+        merged = write_merged(adapter, base, out, getattr(torch, task.dtype), hash_base)
+        if task.base_weights and json_digest(dict(merged.base_files)) != task.base_weights:
+            raise BadInput(f"{base} is not the base the adapter was trained on: its weights' digest differs")
+        known |= merged.files
         _copy_present(base, out, MODEL_FILES)
-    elif task.repair:
+        return {} if task.base_digest else {"base_files": dict(merged.base_files)}
+    if task.repair:
         write_adapter(adapter, out)
         _copy_present(Path(task.adapter_dir), out, (REPORT,))
     else:
         _copy_present(Path(task.adapter_dir), out, ADAPTER_FILES)
+    return {}
 
 
 def _write_documents(task: ExportTask, adapter: Adapter, found: Sequence[Obstacle], out: Path) -> None:
@@ -142,7 +149,7 @@ def _bill(task: ExportTask, contents: Mapping[str, Any], files: Mapping[str, str
 
 def _contents(task: ExportTask) -> dict[str, Any]:
     """What the release is made of, kept in its manifest: equal releases say the same, wherever they lie."""
-    source, base = Path(task.adapter_dir), Path(task.base_path)
+    source = Path(task.adapter_dir)
     contents: dict[str, Any] = {
         "adapter": adapter_digests(source),
         "merged": task.merged,
@@ -155,15 +162,16 @@ def _contents(task: ExportTask) -> dict[str, Any]:
         contents["base_digest"] = digest
     if task.merged:
         contents["dtype"] = task.dtype
-    if task.merged and not task.base_digest:
-        # Who names the base by its digest has read its files already: they are not read once more.
-        shards = {path.name: file_digest(path) for path in sorted(set(weight_map(base).values()))}
-        contents["base_files"] = shards | _digest(base / BASE_CONFIG)
     return contents
 
 
-def _digest(path: Path) -> dict[str, str]:
-    return {path.name: file_digest(path)}
+def _base_files(task: ExportTask) -> dict[str, Any]:
+    """As `_write_weights` says it: nothing where the base is named by its digest."""
+    if not task.merged or task.base_digest:
+        return {}
+    base = Path(task.base_path)
+    files = [base / BASE_CONFIG, *sorted(set(weight_map(base).values()))]
+    return {"base_files": {path.name: file_digest(path) for path in files}}
 
 
 def _copy_present(source: Path, target: Path, names: Sequence[str]) -> None:

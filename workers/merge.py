@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from workers.adapter import Adapter
 from workers.fuse.factors import one_thread
+from workers.manifest import file_digest
 from workers.shards import Block, Entry, StoredShard, write_shard
 from workers.types import BadInput
 
@@ -66,22 +69,36 @@ def check_fit(adapter: Adapter, base: Path) -> None:
             )
 
 
-def write_merged(adapter: Adapter, base: Path, out: Path, dtype: torch.dtype) -> dict[str, str]:
+@dataclass(frozen=True)
+class Merged:
+    """File name -> SHA-256."""
+
+    files: Mapping[str, str]
+    """The weights' files, cut as the base's are."""
+    base_files: Mapping[str, str]
+    """What they were made from, and the base's configuration; empty unless asked for."""
+
+
+def write_merged(adapter: Adapter, base: Path, out: Path, dtype: torch.dtype, hash_base: bool) -> Merged:
     """Write the merged weights, their index and `config.json` into `out`, floating weights in `dtype`.
 
-    File name -> SHA-256 of the weights' files, which are cut as the base's are. An output head that shares
-    the embedding's weight gets its own where the adapter changes it.
+    An output head that shares the embedding's weight gets its own where the adapter changes it. With
+    `hash_base` a thread of its own hashes each file while it is merged, from the system's cache.
     """
     shards = weight_map(base)
     sources = {f"{module}.weight": _source(module, shards, base) for module in adapter.factors}
-    digests: dict[str, str] = {}
+    files: dict[str, str] = {}
+    base_files = {BASE_CONFIG: file_digest(base / BASE_CONFIG)} if hash_base else {}
     placed: dict[str, str] = {}
     size = 0
     for path in sorted(set(shards.values())):
-        with StoredShard(path) as stored, one_thread():
+        with StoredShard(path) as stored, one_thread(), ThreadPoolExecutor(1) as hashing:
+            hashed = hashing.submit(file_digest, path) if hash_base else None
             entries = _entries(stored.entries, sources, dtype)
             filled = partial(_fill, adapter, sources, stored)
-            digests[path.name] = write_shard(out / path.name, entries, filled)
+            files[path.name] = write_shard(out / path.name, entries, filled)
+            if hashed is not None:
+                base_files[path.name] = hashed.result()
         placed |= dict.fromkeys(entries, path.name)
         size += sum(entry.nbytes for entry in entries.values())
     if (base / INDEX).is_file():
@@ -89,7 +106,7 @@ def write_merged(adapter: Adapter, base: Path, out: Path, dtype: torch.dtype) ->
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     tied = tied_head(base)
     _write_config(base, out, dtype, untie=tied is not None and tied[0] in sources)
-    return digests
+    return Merged(files, base_files)
 
 
 def _entries(stored: Mapping[str, Entry], sources: Mapping[str, str], dtype: torch.dtype) -> dict[str, Entry]:

@@ -498,6 +498,8 @@ class ExportTask:
     """`name/version` of what is released."""
     base_digest: str = ""
     """If the base's files have just been verified: then they are not read once more to name them."""
+    base_weights: str = ""
+    """Of a merged release: what the base's config and weights must hash to, checked as they are read."""
     repair: bool = False
     """Write the adapter as every server reads it: one rank, scale 1 (`workers.servers.repaired`)."""
     signing_key: str | None = None

@@ -114,13 +114,14 @@ def release(parts: Parts, home: Home, options: ReleaseOptions, console: Console)
         label = f"{version.name}/{version.version}"
         if version.tags.get(GATE_TAG) != "passed":
             raise errors.Refused(f"{label} has not passed its gates; `chorus promote` says what it lacks")
-        base = _base_of(parts, home, version, options.base)
+        base = _base_of(parts, home, version, options)
         files = tuple((name, registry.read_text(version, name)) for name in ("README.md", "recipe.yaml"))
         adapter = _downloaded(registry, home, version)
     task = ExportTask(
         *(str(adapter), base.path, options.merged, str(options.out.absolute()), files, base.dtype),
         name=label,
         base_digest=version.tags["base.digest"],
+        base_weights=_weights(version) or "" if options.merged else "",
         repair=options.repair,
         signing_key=None if options.key is None else str(options.key.absolute()),
     )
@@ -169,8 +170,16 @@ def verify(folder: Path, key: Path | None, console: Console) -> None:
     console.print(f"{folder}: {len(files)} files as they were released{signed}", soft_wrap=True)
 
 
-def _base_of(parts: Parts, home: Home, version: AdapterVersion, named: str | None) -> BaseSpec:
-    """The base, found where the user says or where a job of this home had it, and checked by its digest."""
+def _weights(version: AdapterVersion) -> str | None:
+    return version.tags.get("base.weights.digest")
+
+
+def _base_of(parts: Parts, home: Home, version: AdapterVersion, options: ReleaseOptions) -> BaseSpec:
+    """The base, found where the user says or where a job of this home had it, and checked by its digest.
+
+    Weights to be merged are checked as they are merged: they are large, and read once.
+    """
+    named = options.base
     digest = version.tags.get("base.digest", "")
     spec = None if named else known_base(parts, home, digest)
     if named is None and spec is None:
@@ -178,7 +187,7 @@ def _base_of(parts: Parts, home: Home, version: AdapterVersion, named: str | Non
             f"no job of {home.folder} trained on the base of {version.name}; name it with --base FOLDER"
         )
     reference = anchor(named, Path.cwd()) if named else spec.path if spec else ""
-    found = load_base(reference, Place(Path(reference), 1))
+    found = load_base(reference, Place(Path(reference), 1), _weights(version) if options.merged else None)
     if found.digests.all != digest:
         raise BadInput(
             f"{reference} is not the base {version.name}/{version.version} was trained on; its digest differs"

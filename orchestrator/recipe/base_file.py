@@ -128,14 +128,17 @@ def anchor(reference: str, folder: Path) -> str:
     return beside if local else reference
 
 
-def load_base(reference: str, place: Place) -> Base:
-    """The base that an anchored `reference`, written at `place`, names. Raises BadInput."""
+def load_base(reference: str, place: Place, weights: str | None = None) -> Base:
+    """The base that an anchored `reference`, written at `place`, names. Raises BadInput.
+
+    With `weights`, the digest they should have, they are not read: who reads them later checks it.
+    """
     if reference.endswith(SUFFIXES):
-        return _from_file(Path(reference), place)
-    return _describe(BaseFile(model=reference), reference, place, Path(reference).name)
+        return _from_file(Path(reference), place, weights)
+    return _describe(BaseFile(model=reference), reference, place, Path(reference).name, weights)
 
 
-def _from_file(path: Path, place: Place) -> Base:
+def _from_file(path: Path, place: Place, weights: str | None) -> Base:
     if not path.is_file():
         raise BadInput(f"{place}: base_model: no such base file: {path}")
     node = read_yaml(path)
@@ -144,7 +147,7 @@ def _from_file(path: Path, place: Place) -> Base:
     model = anchor(keys.model, path.parent)
     if keys.revision is not None and Path(model).is_absolute():
         raise BadInput(f"{node.at(['revision']).place}: a revision belongs to a hub id, not to a folder")
-    return _describe(keys, model, where, path.stem)
+    return _describe(keys, model, where, path.stem, weights)
 
 
 def _model_folder(model: str, revision: str | None, place: Place) -> Path:
@@ -179,11 +182,11 @@ def _cached(hub_id: str, revision: str | None, place: Place) -> Path:
         ) from error
 
 
-def _describe(keys: BaseFile, model: str, place: Place, name: str) -> Base:
+def _describe(keys: BaseFile, model: str, place: Place, name: str, weights: str | None) -> Base:
     folder = _model_folder(model, keys.revision, place).resolve()
     config = read_config(folder, place)
     shapes = tensor_shapes(folder, place)
-    digests = folder_digests(folder, place)
+    digests = folder_digests(folder, place, weights)
     slug = re.sub(r"[^a-z0-9._-]+", "-", name.lower())
     held = keys.model_dump(exclude={"model", "revision", "world_size", "deepspeed"})
     return Base(

@@ -119,14 +119,17 @@ def _is_vocabulary(name: str) -> bool:
 # ---- digests --------------------------------------------------------------------------------------------
 
 
-def folder_digests(folder: Path, place: Place) -> BaseDigests:
-    """Digests of weights, tokenizer and chat template. Raises BadInput if one of them is absent."""
+def folder_digests(folder: Path, place: Place, weights: str | None = None) -> BaseDigests:
+    """Digests of weights, tokenizer and chat template. Raises BadInput if one of them is absent.
+
+    `weights` is taken for that of the weights where whoever asks has them checked when they are read.
+    """
     tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not tokenizer:
         raise BadInput(f"{place}: {folder} holds no tokenizer.json")
-    weights = [folder / CONFIG, *weight_files(folder, place)]
+    files = [folder / CONFIG, *weight_files(folder, place)]
     return BaseDigests(
-        weights=_digest_of(weights),
+        weights=weights or _digest_of(files),
         tokenizer=_digest_of(tokenizer),
         chat_template=json_digest(_chat_template(folder, place)),
     )

@@ -14,6 +14,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from orchestrator.recipe.base_file import load_base
+from orchestrator.recipe.file import Place
 from tests.faults import files_limited_to, run_killed_before_rename
 from tests.interchange import CLOSE, linears, load, logits, plainly_merged, small
 from tests.models import make_base
@@ -121,6 +123,34 @@ def test_export_same_release_again_changes_nothing(base_dir: Path, adapter_dir: 
     assert Path(first["out_dir"]).stat().st_ino == inode
     with pytest.raises(BadInput, match="exists and is not this release"):
         run(task(adapter_dir, base_dir, not merged))
+
+
+def weights_digest(base_dir: Path) -> str:
+    """As the version of an adapter says it of its base."""
+    return load_base(str(base_dir), Place(base_dir, 1)).digests.weights
+
+
+def test_export_merged_from_the_weights_of_its_version_is_published(
+    base_dir: Path, adapter_dir: Path
+) -> None:
+    named = {"base_digest": "d1", "base_weights": weights_digest(base_dir)}
+    release = Path(run(task(adapter_dir, base_dir, True, **named))["out_dir"])
+    assert verify_folder(release)["base_digest"] == "d1"
+
+
+@pytest.mark.parametrize("name", ["config.json", "weights"])
+def test_export_merged_from_other_weights_leaves_nothing(
+    base_dir: Path, adapter_dir: Path, tmp_path: Path, name: str
+) -> None:
+    """They are checked as they are merged, so that they are read once."""
+    expected, other = weights_digest(base_dir), shutil.copytree(base_dir, tmp_path / "other")
+    altered = next(other.glob("*.safetensors")) if name == "weights" else other / name
+    data = altered.read_bytes()
+    altered.write_bytes(data[:-1] + (bytes([data[-1] ^ 1]) if name == "weights" else b" "))
+    with pytest.raises(BadInput, match="is not the base the adapter was trained on"):
+        run(task(adapter_dir, other, True, base_digest="d1", base_weights=expected))
+    assert not (adapter_dir.parent / "release").exists()
+    assert not list(adapter_dir.parent.glob(".release*"))
 
 
 def test_export_into_a_folder_with_other_things_is_refused(base_dir: Path, adapter_dir: Path) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import pytest
 
 from orchestrator.contracts import NoSuchVersion, RegistryUnreachable, TaskResult
+from orchestrator.recipe.base_file import load_base
+from orchestrator.recipe.file import Place
 from tests.orchestrator.cli_world import CliWorld, assert_one_sentence
 from tests.orchestrator.recipe_files import write_base
 
@@ -170,6 +173,14 @@ def test_release_into_a_folder_that_exists_is_refused_and_changes_nothing(done, 
     (tmp_path / "note").write_text("mine")
     assert_one_sentence(done.chorus("release", f"{FUSED}@1", "--out", tmp_path), 2, str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["note"]
+
+
+def test_release_merged_has_the_weights_checked_as_they_are_merged(done, tmp_path):
+    result = done.chorus("release", f"{SUPPORT}@champion", "--out", tmp_path / "out", "--merged")
+    assert result.exit_code == 0, result.stderr
+    (task,) = done.clusters[-1].asked("ExportTask")
+    base = load_base(task.base_path, Place(Path(task.base_path), 1))
+    assert (task.base_digest, task.base_weights) == (base.digests.all, base.digests.weights)
 
 
 def test_release_merged_and_repaired_is_refused_as_wrong_usage(done, tmp_path):
