@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from orchestrator.disk import is_full
-from workers.types import BadInput, BaseSpec, Command, EvaluationReport, EvaluationSpec, Event, Task
+from workers.types import BadInput, BaseSpec, Command, EvaluationReport, EvaluationSpec, Event, Progress, Task
 
 # ---- cluster ------------------------------------------------------------------------------------------
 
@@ -76,6 +76,10 @@ class Cluster(Protocol):
 
     def task_result(self, task_id: str) -> TaskResult | None:
         """None while it runs."""
+        ...
+
+    def task_progress(self, task_id: str) -> Progress | None:
+        """How far a task was when it last told; None for one that has told nothing."""
         ...
 
     def close(self) -> None: ...

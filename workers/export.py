@@ -36,6 +36,7 @@ from workers.manifest import (
     verify_folder,
 )
 from workers.merge import BASE_CONFIG, check_fit, weight_map, write_merged
+from workers.progress import Tell, silent
 from workers.release_card import CARD, release_card
 from workers.servers import (
     BASE_VARIABLE,
@@ -62,7 +63,7 @@ MODEL_FILES = (
 ADAPTER_FILES = (CONFIG, WEIGHTS, REPORT)
 
 
-def export(task: ExportTask) -> dict[str, Any]:
+def export(task: ExportTask, tell: Tell = silent) -> dict[str, Any]:
     """Publish `task.out_dir` with a manifest and return {"out_dir", "merged", "files": name -> SHA-256}.
 
     Also `obstacles`: {"server", "words", "repairable"} for each server that would not serve it, `commands`
@@ -88,7 +89,7 @@ def export(task: ExportTask) -> dict[str, Any]:
     if fresh:
         known: dict[str, str] = {}
         with publish_folder(out, contents, known) as scratch:
-            _write_weights(task, adapter, scratch, known)
+            _write_weights(task, adapter, scratch, known, tell)
             _write_documents(task, adapter, found, scratch)
             known |= {name: entry["sha256"] for name, entry in folder_files(scratch, known).items()}
             (scratch / BOM).write_text(_bill(task, contents, known))
@@ -102,10 +103,10 @@ def export(task: ExportTask) -> dict[str, Any]:
     }
 
 
-def _write_weights(task: ExportTask, adapter: Adapter, out: Path, known: dict[str, str]) -> None:
+def _write_weights(task: ExportTask, adapter: Adapter, out: Path, known: dict[str, str], tell: Tell) -> None:
     base = Path(task.base_path)
     if task.merged:
-        known |= write_merged(adapter, base, out, getattr(torch, task.dtype))
+        known |= write_merged(adapter, base, out, getattr(torch, task.dtype), tell)
         _copy_present(base, out, MODEL_FILES)
     elif task.repair:
         write_adapter(adapter, out)

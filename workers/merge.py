@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from workers.adapter import Adapter
 from workers.fuse.factors import one_thread
+from workers.progress import Tell, silent
 from workers.shards import Block, Entry, StoredShard, write_shard
 from workers.types import BadInput
 
@@ -66,24 +67,28 @@ def check_fit(adapter: Adapter, base: Path) -> None:
             )
 
 
-def write_merged(adapter: Adapter, base: Path, out: Path, dtype: torch.dtype) -> dict[str, str]:
+def write_merged(
+    adapter: Adapter, base: Path, out: Path, dtype: torch.dtype, tell: Tell = silent
+) -> dict[str, str]:
     """Write the merged weights, their index and `config.json` into `out`, floating weights in `dtype`.
 
     File name -> SHA-256 of the weights' files, which are cut as the base's are. An output head that shares
-    the embedding's weight gets its own where the adapter changes it.
+    the embedding's weight gets its own where the adapter changes it. `tell` hears of files written.
     """
     shards = weight_map(base)
     sources = {f"{module}.weight": _source(module, shards, base) for module in adapter.factors}
     digests: dict[str, str] = {}
     placed: dict[str, str] = {}
     size = 0
-    for path in sorted(set(shards.values())):
+    paths = sorted(set(shards.values()))
+    for path in paths:
         with StoredShard(path) as stored, one_thread():
             entries = _entries(stored.entries, sources, dtype)
             filled = partial(_fill, adapter, sources, stored)
             digests[path.name] = write_shard(out / path.name, entries, filled)
         placed |= dict.fromkeys(entries, path.name)
         size += sum(entry.nbytes for entry in entries.values())
+        tell(len(digests), len(paths))
     if (base / INDEX).is_file():
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(placed.items()))}
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -32,8 +32,9 @@ from orchestrator.contracts import Capacity, ClusterUnreachable, TaskResult
 from workers.actor import RankActor, run_task
 from workers.hang import DEFAULT, VARIABLE, hang_seconds
 from workers.mail import Polled
+from workers.progress import read_progress
 from workers.serve import failure_words
-from workers.types import BaseSpec, Command, Event, HostFailed, Task
+from workers.types import BaseSpec, Command, Event, HostFailed, Progress, Task
 
 ANSWER_SECONDS = 0.2
 """Longest wait for an actor's answer in one `poll`; a later poll picks up a late one. Usually 2 ms."""
@@ -60,6 +61,7 @@ class RayCluster:
     def __init__(self, home: Path, num_cpus: int | None = None, address: str | None = None) -> None:
         """Raises ClusterUnreachable. Call from a thread that lives as long as the cluster is needed."""
         self._logs = home / "logs" / "hosts"
+        self._progress = (home / "progress").absolute()
         self._gangs: dict[str, Gang] = {}
         self._tasks: dict[str, Any] = {}
         self._watch: subprocess.Popen[bytes] | None = None
@@ -143,7 +145,8 @@ class RayCluster:
 
     def submit_task(self, task_id: str, task: Task) -> None:
         if task_id not in self._tasks or self.task_result(task_id) is not None:
-            self._tasks[task_id] = run_task.remote(task)
+            (self._progress / task_id).unlink(missing_ok=True)
+            self._tasks[task_id] = run_task.remote(task, str(self._progress / task_id))
 
     def task_result(self, task_id: str) -> TaskResult | None:
         """Raises KeyError for a task that was never submitted to this cluster."""
@@ -156,6 +159,9 @@ class RayCluster:
             return TaskResult.of(error.cause)
         except RayError as error:
             return TaskResult(error=f"the process of the task was lost: {_first_line(error)}")
+
+    def task_progress(self, task_id: str) -> Progress | None:
+        return read_progress(self._progress / task_id)
 
     def close(self) -> None:
         for host in list(self._gangs):

@@ -22,7 +22,7 @@ from orchestrator.job import Reason, Status, stays_paused
 from orchestrator.plan.steps import Step
 from orchestrator.store.rows import JobRow, Report
 from orchestrator.store.store import StaleAttempt, Store
-from workers.types import Detach
+from workers.types import Detach, Progress
 
 REFRESH_SECONDS = 2.0
 
@@ -54,6 +54,8 @@ class Work:
         self.fleet = Fleet(cluster)
         self.books = Books.open(store.scheduling)
         self.flights: dict[str, Flight] = {}
+        self.progress: dict[str, Progress] = {}
+        """Of the steps under way that have told how far they are."""
         self.jobs: dict[str, JobRow] = {}
         self.parents: dict[str, Status] = {}
         self.ended: list[JobRow] = []
