@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from orchestrator.disk import is_full
-from workers.types import BadInput, BaseSpec, Command, EvaluationReport, EvaluationSpec, Event, Roll, Task
+from workers.types import (
+    BadInput,
+    BaseSpec,
+    Command,
+    EvaluationReport,
+    EvaluationSpec,
+    Event,
+    Progress,
+    Roll,
+    Task,
+)
 
 # ---- cluster ------------------------------------------------------------------------------------------
 
@@ -100,6 +110,10 @@ class Cluster(Protocol):
 
     def task_result(self, task_id: str) -> TaskResult | None:
         """None while it runs."""
+        ...
+
+    def task_progress(self, task_id: str) -> Progress | None:
+        """How far a task was when it last told; None for one that has told nothing."""
         ...
 
     def close(self) -> None: ...

@@ -157,11 +157,15 @@ class Rank:
 RankActor: Any = ray.remote(max_restarts=0, concurrency_groups={"end": 4})(Rank)
 
 
-def _run_task(task: Task) -> dict[str, Any]:
-    """Run a CPU task in a worker process. Raises BadInput for what a user did wrong."""
+def _run_task(task: Task, progress_file: str) -> dict[str, Any]:
+    """Run a CPU task in a worker process, which tells its progress in a file that the cluster's nodes share.
+
+    Raises BadInput for what a user did wrong.
+    """
+    from workers.progress import ProgressFile
     from workers.task import run
 
-    return run(task)
+    return run(task, ProgressFile(Path(progress_file)))
 
 
 run_task: Any = ray.remote(num_cpus=0, max_retries=0)(_run_task)

@@ -36,6 +36,7 @@ from workers.manifest import (
     verify_folder,
 )
 from workers.merge import BASE_CONFIG, check_fit, weight_map, write_merged
+from workers.progress import Tell, silent
 from workers.release_card import CARD, release_card
 from workers.servers import (
     BASE_VARIABLE,
@@ -62,7 +63,7 @@ MODEL_FILES = (
 ADAPTER_FILES = (CONFIG, WEIGHTS, REPORT)
 
 
-def export(task: ExportTask) -> dict[str, Any]:
+def export(task: ExportTask, tell: Tell = silent) -> dict[str, Any]:
     """Publish `task.out_dir` with a manifest and return {"out_dir", "merged", "files": name -> SHA-256}.
 
     Also `obstacles`: {"server", "words", "repairable"} for each server that would not serve it, `commands`
@@ -88,7 +89,7 @@ def export(task: ExportTask) -> dict[str, Any]:
     if fresh:
         known: dict[str, str] = {}
         with publish_folder(out, contents, known) as scratch:
-            contents |= _write_weights(task, adapter, scratch, known)
+            contents |= _write_weights(task, adapter, scratch, known, tell)
             _write_documents(task, adapter, found, scratch)
             known |= {name: entry["sha256"] for name, entry in folder_files(scratch, known).items()}
             (scratch / BOM).write_text(_bill(task, contents, known))
@@ -102,12 +103,14 @@ def export(task: ExportTask) -> dict[str, Any]:
     }
 
 
-def _write_weights(task: ExportTask, adapter: Adapter, out: Path, known: dict[str, str]) -> dict[str, Any]:
+def _write_weights(
+    task: ExportTask, adapter: Adapter, out: Path, known: dict[str, str], tell: Tell
+) -> dict[str, Any]:
     """What the manifest also has to say: which bytes of the base a merged model was made from."""
     base = Path(task.base_path)
     if task.merged:
         hash_base = bool(task.base_weights) or not task.base_digest
-        merged = write_merged(adapter, base, out, getattr(torch, task.dtype), hash_base)
+        merged = write_merged(adapter, base, out, getattr(torch, task.dtype), hash_base, tell)
         if task.base_weights and json_digest(dict(merged.base_files)) != task.base_weights:
             raise BadInput(f"{base} is not the base the adapter was trained on: its weights' digest differs")
         known |= merged.files

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from workers.adapter import Adapter
 from workers.fuse.factors import one_thread
 from workers.manifest import file_digest
+from workers.progress import Tell, silent
 from workers.shards import Block, Entry, StoredShard, write_shard
 from workers.types import BadInput
 
@@ -79,11 +80,14 @@ class Merged:
     """What they were made from, and the base's configuration; empty unless asked for."""
 
 
-def write_merged(adapter: Adapter, base: Path, out: Path, dtype: torch.dtype, hash_base: bool) -> Merged:
+def write_merged(
+    adapter: Adapter, base: Path, out: Path, dtype: torch.dtype, hash_base: bool, tell: Tell = silent
+) -> Merged:
     """Write the merged weights, their index and `config.json` into `out`, floating weights in `dtype`.
 
     An output head that shares the embedding's weight gets its own where the adapter changes it. With
-    `hash_base` a thread of its own hashes each file while it is merged, from the system's cache.
+    `hash_base` a thread of its own hashes each file while it is merged, from the system's cache. `tell`
+    hears of files written.
     """
     shards = weight_map(base)
     sources = {f"{module}.weight": _source(module, shards, base) for module in adapter.factors}
@@ -91,7 +95,8 @@ def write_merged(adapter: Adapter, base: Path, out: Path, dtype: torch.dtype, ha
     base_files = {BASE_CONFIG: file_digest(base / BASE_CONFIG)} if hash_base else {}
     placed: dict[str, str] = {}
     size = 0
-    for path in sorted(set(shards.values())):
+    paths = sorted(set(shards.values()))
+    for path in paths:
         with StoredShard(path) as stored, one_thread(), ThreadPoolExecutor(1) as hashing:
             hashed = hashing.submit(file_digest, path) if hash_base else None
             entries = _entries(stored.entries, sources, dtype)
@@ -101,6 +106,7 @@ def write_merged(adapter: Adapter, base: Path, out: Path, dtype: torch.dtype, ha
                 base_files[path.name] = hashed.result()
         placed |= dict.fromkeys(entries, path.name)
         size += sum(entry.nbytes for entry in entries.values())
+        tell(len(files), len(paths))
     if (base / INDEX).is_file():
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(placed.items()))}
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")

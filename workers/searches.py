@@ -17,7 +17,16 @@ from workers.ranks import Ranks
 from workers.reading import Reader
 from workers.search import Search, best_plan, fused_by, key_of, read_table, write_table
 from workers.together import on_all, on_first
-from workers.types import BadInput, EvaluationFailed, Event, SearchDone, SearchSpec, SearchTask
+from workers.types import (
+    BadInput,
+    EvaluationFailed,
+    Event,
+    Progress,
+    SearchAdvanced,
+    SearchDone,
+    SearchSpec,
+    SearchTask,
+)
 
 
 class Searches:
@@ -34,7 +43,7 @@ class Searches:
         self._searches[request] = Search(spec)
 
     def go_on(self) -> list[Event]:
-        """A trial of every search; what has ended is told."""
+        """A trial of every search, which is told, and so is what has ended."""
         return [event for request in list(self._searches) for event in self._go_on(request)]
 
     def _go_on(self, request: str) -> list[Event]:
@@ -45,15 +54,16 @@ class Searches:
         if problem:
             del self._searches[request]
             return [EvaluationFailed(request, problem[1])]
+        advanced = SearchAdvanced(request, Progress(len(search.trials), search.spec.trials))
         if not search.finished:
-            return []
+            return [advanced]
         del self._searches[request]
         task = best_plan(search)
         report, problem = on_all(ranks, lambda: fuse_folders(task) if ranks.rank == 0 else {})
         if report is None:
             assert problem is not None
             return [EvaluationFailed(request, problem[1])]
-        return [SearchDone(request, {**ranks.broadcast(report), "search": search.report()})]
+        return [advanced, SearchDone(request, {**ranks.broadcast(report), "search": search.report()})]
 
     def _try_next(self, search: Search) -> Search:
         """Parents' own scores first, or what a former attempt has of them; then a trial a call."""

@@ -437,6 +437,22 @@ class EvaluationDone:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far something is that is done one by one: modules, shards, trials."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class SearchAdvanced:
+    """A trial more."""
+
+    request: str
+    trials: Progress
+
+
+@dataclass(frozen=True)
 class SearchDone:
     """The best trial's adapter is in the plan's `out_dir`."""
 
@@ -461,7 +477,16 @@ class HostFailed:
 JobEvent = (
     Attached | StepDone | Validated | CheckpointSaved | OutOfMemory | TrainingFinished | Detached | JobStopped
 )
-Event = HostReady | HostMeasured | JobEvent | EvaluationDone | SearchDone | EvaluationFailed | HostFailed
+Event = (
+    HostReady
+    | HostMeasured
+    | JobEvent
+    | EvaluationDone
+    | SearchAdvanced
+    | SearchDone
+    | EvaluationFailed
+    | HostFailed
+)
 
 
 @dataclass(frozen=True)

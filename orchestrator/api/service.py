@@ -22,7 +22,7 @@ from orchestrator.api.queue_view import Queue, claim_view, seconds_left, teams
 from orchestrator.api.submitting import plan_of, put
 from orchestrator.api.views import event_view, job_view, metric_view, run_view, steps_view
 from orchestrator.contracts import Registry
-from orchestrator.control.show import read_snapshot
+from orchestrator.control.show import read_progress, read_snapshot
 from orchestrator.home import Home
 from orchestrator.recipe.pipeline import load_pipeline
 from orchestrator.recipe.teams import load_policy
@@ -216,9 +216,14 @@ def _shown(store: Store, everything: bool) -> tuple[JobRow, ...]:
 
 def _views(store: Store, jobs: Iterable[JobRow]) -> list[Value]:
     """What only the store as a whole tells of a job goes beside what its row does."""
-    queue = Queue.read(store)
+    queue, progress = Queue.read(store), read_progress(store)
     return [
-        {**job_view(job), "position": queue.position(job), "seconds_left": seconds_left(store, job)}
+        {
+            **job_view(job),
+            "position": queue.position(job),
+            "seconds_left": seconds_left(store, job),
+            "progress": progress.get(job.id) if job.status.value == "RUNNING" else None,
+        }
         for job in jobs
     ]
 

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -19,7 +20,7 @@ from workers.mail import Mail
 from workers.ranks import Ranks
 from workers.serve import serve
 from workers.task import run
-from workers.types import BadInput, BaseSpec, Command, Event, Task
+from workers.types import BadInput, BaseSpec, Command, Event, Progress, Task
 
 WORK_SECONDS = 0.2
 """A poll begins no further round after this long; one round is one tick at most."""
@@ -60,6 +61,7 @@ class LocalCluster:
     def __init__(self) -> None:
         self._hosts: dict[str, Served] = {}
         self._tasks: dict[str, TaskResult] = {}
+        self._progress: dict[str, Progress] = {}
 
     def adopt(self, epoch: int) -> Sequence[LivingHost]:  # noqa: ARG002
         """Its hosts end with this process: there are none."""
@@ -102,7 +104,7 @@ class LocalCluster:
     def submit_task(self, task_id: str, task: Task) -> None:
         """Runs it before returning."""
         try:
-            self._tasks[task_id] = TaskResult(value=run(task))
+            self._tasks[task_id] = TaskResult(value=run(task, partial(self._told, task_id)))
         except Exception as error:
             if not isinstance(error, BadInput):
                 log.exception("task %s failed", task_id)
@@ -111,6 +113,12 @@ class LocalCluster:
     def task_result(self, task_id: str) -> TaskResult | None:
         """Raises KeyError for a task that was never submitted to this cluster."""
         return self._tasks[task_id]
+
+    def task_progress(self, task_id: str) -> Progress | None:
+        return self._progress.get(task_id)
+
+    def _told(self, task_id: str, done: int, total: int) -> None:
+        self._progress[task_id] = Progress(done, total)
 
     def close(self) -> None:
         for host in list(self._hosts):

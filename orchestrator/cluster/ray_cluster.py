@@ -37,7 +37,8 @@ from orchestrator.cluster.gang import (
 )
 from orchestrator.contracts import Capacity, ClusterUnreachable, LivingHost, TaskResult
 from workers.actor import Card, run_task
-from workers.types import BaseSpec, Command, Event, HostFailed, Superseded, Task
+from workers.progress import read_progress
+from workers.types import BaseSpec, Command, Event, HostFailed, Progress, Superseded, Task
 
 OBJECT_STORE_BYTES = 80 * 2**20
 """Events are all that travels through Ray; its default would be 30% of the memory."""
@@ -60,6 +61,7 @@ class RayCluster:
         self._logs = home / "logs" / "hosts"
         self._namespace = namespace_of(home)
         self._epoch = 0
+        self._progress = (home / "progress").absolute()
         self._gangs: dict[str, Gang] = {}
         self._tasks: dict[str, Any] = {}
         self._watch: subprocess.Popen[bytes] | None = None
@@ -158,7 +160,8 @@ class RayCluster:
 
     def submit_task(self, task_id: str, task: Task) -> None:
         if task_id not in self._tasks or self.task_result(task_id) is not None:
-            self._tasks[task_id] = run_task.remote(task)
+            (self._progress / task_id).unlink(missing_ok=True)
+            self._tasks[task_id] = run_task.remote(task, str(self._progress / task_id))
 
     def task_result(self, task_id: str) -> TaskResult | None:
         """Raises KeyError for a task that was never submitted to this cluster."""
@@ -171,6 +174,9 @@ class RayCluster:
             return TaskResult.of(error.cause)
         except RayError as error:
             return TaskResult(error=f"the process of the task was lost: {first_line(error)}")
+
+    def task_progress(self, task_id: str) -> Progress | None:
+        return read_progress(self._progress / task_id)
 
     def close(self) -> None:
         for host in list(self._gangs):

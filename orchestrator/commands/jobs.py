@@ -44,13 +44,20 @@ def _cells(job: Mapping[str, Any]) -> tuple[str, ...]:
     training = job["status"] == "RUNNING" and job["seconds_left"] is not None
     return (
         *(job["id"], job["team"], job["status"], str(job["position"] or ""), job["host"] or ""),
-        f"{job['step']}/{job['num_steps']}" if job["num_steps"] else "",
+        _step(job),
         figure(job["loss"]),
         f"{job['tokens_per_second']:,.0f}" if training and job["tokens_per_second"] else "",
         duration(_running_time(job)),
         duration(job["seconds_left"]),
         f"{job['reason_words']}: {job['message']}" if job["message"] else job["reason_words"],
     )
+
+
+def _step(job: Mapping[str, Any]) -> str:
+    """Of a training; or what is done one by one, and how far that is."""
+    if progress := job.get("progress"):
+        return f"{progress['step']} {progress['done']}/{progress['total']}"
+    return f"{job['step']}/{job['num_steps']}" if job["num_steps"] else ""
 
 
 def _running_time(job: Mapping[str, Any]) -> float | None:

@@ -56,7 +56,7 @@ def _cells(job: JobProgress) -> tuple[str, ...]:
 
 
 class Lines:
-    """A line for every change of a job's state, and every LINE_SECONDS one for a job that trains."""
+    """A line for every change of a job's state, and one every LINE_SECONDS for one that trains or counts."""
 
     def __init__(
         self,
@@ -79,12 +79,14 @@ class Lines:
                 self._said[job.name] = state
                 self._next[job.name] = now + LINE_SECONDS
                 self._write(f"[{duration(now - self._began)}] {job.name} {job.status.value}: {job.doing}")
-            elif job.training and now >= self._next[job.name]:
+            elif (job.training or job.counted) and now >= self._next[job.name]:
                 self._next[job.name] = now + LINE_SECONDS
                 self._write(f"[{duration(now - self._began)}] {_sentence(job)}")
 
 
 def _sentence(job: JobProgress) -> str:
+    if job.counted:
+        return f"{job.name} {job.counted}"
     parts = [f"{job.name} step {job.steps}", f"loss {figure(job.loss)}"]
     if job.tokens_per_second:
         parts.append(f"{job.tokens_per_second:,.0f} tokens/s")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from orchestrator.api.views import STAGES, why
+from orchestrator.control.show import read_progress
 from orchestrator.control.submission import Order, read_order
 from orchestrator.job import Status
 from orchestrator.store.rows import JobRow
@@ -28,6 +30,8 @@ class JobProgress:
     tokens_per_second: float | None
     seconds_left: float | None
     """Of training, at the pace seen since this attempt began; None before a step was seen."""
+    counted: str = ""
+    """What is done one by one, and how far that is: `fuse 120/224`."""
 
     @property
     def training(self) -> bool:
@@ -35,7 +39,7 @@ class JobProgress:
 
     @property
     def steps(self) -> str:
-        return f"{self.step}/{self.num_steps}" if self.num_steps else ""
+        return self.counted or (f"{self.step}/{self.num_steps}" if self.num_steps else "")
 
 
 class RunProgress:
@@ -53,10 +57,14 @@ class RunProgress:
         for job in jobs:
             self._orders.setdefault(job.id, read_order(job.plan))
         steps = {step.id for order in self._orders.values() for step in order.job.steps}
-        finished = set(self._store.finished_steps(steps))
-        return tuple(self._progress(job, self._orders[job.id], finished) for job in jobs)
+        finished, counts = set(self._store.finished_steps(steps)), read_progress(self._store)
+        return tuple(
+            self._progress(job, self._orders[job.id], finished, counts.get(job.id, {})) for job in jobs
+        )
 
-    def _progress(self, job: JobRow, order: Order, finished: set[str]) -> JobProgress:
+    def _progress(
+        self, job: JobRow, order: Order, finished: set[str], count: Mapping[str, Any]
+    ) -> JobProgress:
         stage = next((STAGES[step.kind] for step in order.job.steps if step.id not in finished), "")
         training = job.status is Status.RUNNING and stage == STAGES["train"]
         return JobProgress(
@@ -69,6 +77,7 @@ class RunProgress:
             loss=job.loss,
             tokens_per_second=job.tokens_per_second,
             seconds_left=self._seconds_left(job) if training else None,
+            counted=f"{count['step']} {count['done']}/{count['total']}" if count else "",
         )
 
     def _seconds_left(self, job: JobRow) -> float | None:

@@ -147,6 +147,7 @@ class Controller:
         for host in work.fleet.hosts:
             changed |= hear(work, host)
         changed |= self._steps.hear_tasks()
+        self._board.show_progress()
         changed |= self._errands.hear()
         if changed or not 0 <= work.clock() - self._decided_at < DECIDE_SECONDS:
             self._decide()

@@ -29,6 +29,7 @@ from workers.types import (
     HostReady,
     JobStopped,
     OutOfMemory,
+    SearchAdvanced,
     SearchDone,
     StepDone,
     TrainingFinished,
@@ -38,7 +39,7 @@ from workers.types import (
 MOST_HOST_FAILURES = 3
 """Hosts of one base lost in a row, without a step or a score in between, after which its jobs fail."""
 
-ON_THE_WAY = (StepDone, Validated, CheckpointSaved, OutOfMemory)
+ON_THE_WAY = (StepDone, Validated, CheckpointSaved, OutOfMemory, SearchAdvanced)
 """Reports after which everything goes on as it was."""
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,8 @@ def _hear(work: Work, host: Host, event: Event) -> None:
             work.drop_training(event.job, event.attempt)
         case JobStopped():
             _job_stopped(work, event)
+        case SearchAdvanced():
+            work.progress[event.request] = event.trials
         case EvaluationDone() | SearchDone() | EvaluationFailed():
             _evaluation_ended(work, host, event)
         case HostFailed():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import asdict
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -18,6 +19,7 @@ from orchestrator.store.store import Store
 
 NAME = "controller"
 SNAPSHOT = "snapshot"
+PROGRESS = "progress"
 SHOW_SECONDS = 1.0
 """No more often than this, however much changes."""
 JOBS_A_SECOND = 500
@@ -33,6 +35,8 @@ class Board:
         self._shown: dict[str, Any] | None = None
         self._decided_on: Any = None
         self._at = 0.0
+        self._progress: dict[str, Any] = {}
+        self._progress_at = float("-inf")
 
     def show(self, snapshot: Snapshot, decision: Decision) -> None:
         """Hosts with who sits there, the jobs that wait, the first in line first, and what was decided on."""
@@ -51,8 +55,23 @@ class Board:
             self._decided_on = decided_on
             self._work.store.show(SNAPSHOT, _SNAPSHOT.dump_python(snapshot, mode="json"))
 
+    def show_progress(self) -> None:
+        """How far the tasks and searches under way are, job by job."""
+        work, now = self._work, self._work.clock()
+        work.progress = {key: value for key, value in work.progress.items() if key in work.flights}
+        value = {
+            work.flights[key].job: {"step": work.flights[key].step.kind, **asdict(progress)}
+            for key, progress in work.progress.items()
+        }
+        if value != self._progress and (not value or not 0 <= now - self._progress_at < SHOW_SECONDS):
+            work.store.show(PROGRESS, value)
+            self._progress, self._progress_at = value, now
+
     def clear(self) -> None:
-        """The hosts are gone."""
+        """The hosts are gone, and nothing is under way."""
+        if self._progress:
+            self._work.store.show(PROGRESS, {})
+            self._progress = {}
         self._put(self._value([], []), self._work.clock())
 
     def _put(self, value: dict[str, Any], now: float) -> None:
@@ -71,6 +90,12 @@ def read_snapshot(store: Store) -> tuple[Snapshot, float] | None:
         return None if board is None else (_SNAPSHOT.validate_python(board.value), board.at)
     except ValueError:
         return None
+
+
+def read_progress(store: Store) -> dict[str, dict[str, Any]]:
+    """Job -> {"step": kind, "done", "total"} for those that are at something done one by one."""
+    board = store.board(PROGRESS)
+    return dict(board.value) if board is not None else {}
 
 
 def _host(host: Host, base: str | None) -> dict[str, Any]:

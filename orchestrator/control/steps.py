@@ -205,10 +205,12 @@ class Steps:
         )
 
     def hear_tasks(self) -> bool:
-        """Take in every CPU task that has ended; whether one has."""
+        """Take in how far CPU tasks are, and every one that has ended; whether one has."""
         heard = False
         for key, flight in list(self._work.flights.items()):
             result = self._work.cluster.task_result(key) if flight.of == "task" else None
+            if flight.of == "task" and (progress := self._work.cluster.task_progress(key)):
+                self._work.progress[key] = progress
             if result is not None:
                 del self._work.flights[key]
                 heard = True

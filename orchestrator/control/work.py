@@ -22,7 +22,7 @@ from orchestrator.job import Reason, Status, stays_paused
 from orchestrator.plan.steps import Step
 from orchestrator.store.rows import JobRow, Report
 from orchestrator.store.store import StaleAttempt, Store
-from workers.types import Detach, Superseded
+from workers.types import Detach, Progress, Superseded
 
 REFRESH_SECONDS = 2.0
 
@@ -56,6 +56,8 @@ class Work:
         self.flights: dict[str, Flight] = {}
         self.epoch: int | None = None
         """This controller's, once it has begun to work."""
+        self.progress: dict[str, Progress] = {}
+        """Of the steps under way that have told how far they are."""
         self.jobs: dict[str, JobRow] = {}
         self.parents: dict[str, Status] = {}
         self.ended: list[JobRow] = []

@@ -151,7 +151,7 @@ class Bench:
         )
         plan = self.plan(name, rule, rank)
         spec = SearchSpec(plan, tasks, self.trials, f"{plan.out_dir}-trials", groups)
-        (event,) = self.told(SearchWeights("search", spec))
+        *_, event = self.told(SearchWeights("search", spec))
         assert isinstance(event, SearchDone), event
         search = event.report["search"]
         weights = search["trials"][search["best"]]["weights"]

@@ -24,6 +24,7 @@ from workers.types import (
     FuseTask,
     HostReady,
     JobStopped,
+    Progress,
     StepDone,
     TrainingFinished,
     Validated,
@@ -128,8 +129,11 @@ def test_cluster_task_runs_beside_a_host_that_holds_every_cpu(cluster, host, job
     (finished,) = of(trained(cluster, host, jobs[0]), TrainingFinished)
     out = tmp_path / "fused"
     cluster.submit_task("fuse", FuseTask((finished.adapter_dir,), (1.0,), "cat", None, str(out)))
+    assert cluster.task_progress("never") is None
     result = task_end(cluster, "fuse")
     assert (result.error, result.refused) == (None, False)
+    modules = len(read_adapter(out).factors)
+    assert cluster.task_progress("fuse") == Progress(modules, modules)
     assert result.value
     verify_folder(out)
 

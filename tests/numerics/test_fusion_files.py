@@ -154,3 +154,9 @@ def test_fuse_folders_writes_the_bits_that_fuse_gives(
     assert report == {**same, "sources": report["sources"]}
     for name, pair in expected.factors.items():
         assert all(torch.equal(x, y) for x, y in zip(found.factors[name], pair, strict=True))
+
+
+def test_fuse_folders_tells_of_every_module(sources: tuple[str, str], tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    run(fusion(sources, tmp_path / "fused"), lambda done, total: told.append((done, total)))
+    assert told == [(n, len(SHAPES)) for n in range(1, len(SHAPES) + 1)]

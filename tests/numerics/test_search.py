@@ -22,6 +22,8 @@ from workers.types import (
     EvaluationFailed,
     EvaluationSpec,
     FuseTask,
+    Progress,
+    SearchAdvanced,
     SearchDone,
     SearchSpec,
     SearchTask,
@@ -55,8 +57,9 @@ def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("search")
     base = test_base(folder)
     spec = plan(folder, base)
-    (event,) = searched(Ranks(), base, spec)
+    *advanced, event = searched(Ranks(), base, spec)
     assert isinstance(event, SearchDone), event
+    assert advanced == [SearchAdvanced("s", Progress(n, 12)) for n in range(1, 13)]
     return base, spec, event.report
 
 
@@ -106,10 +109,10 @@ def test_search_that_was_stopped_goes_on_with_the_same_trials(done, tmp_path):
     again = replace(
         spec, plan=replace(spec.plan, out_dir=str(tmp_path / "out")), trials_dir=str(tmp_path / "trials")
     )
-    assert searched(Ranks(), base, again, most=5) == []
+    assert [event.trials.done for event in searched(Ranks(), base, again, most=5)] == [1, 2, 3, 4, 5]
     file = Path(again.trials_dir) / TRIALS
     file.write_text(file.read_text() + '{"number": 5, "wei')  # torn
-    (event,) = searched(Ranks(), base, again)
+    *_, event = searched(Ranks(), base, again)
     assert isinstance(event, SearchDone)
     assert json.dumps(event.report["search"]) == json.dumps(report["search"])
 
@@ -119,7 +122,7 @@ def test_search_on_two_ranks_is_the_same_search(done, tmp_path):
     again = replace(
         spec, plan=replace(spec.plan, out_dir=str(tmp_path / "out")), trials_dir=str(tmp_path / "trials")
     )
-    (event,) = two_ranks(searched, base, again)
+    *_, event = two_ranks(searched, base, again)
     assert isinstance(event, SearchDone)
     found, expected = ([trial["weights"] for trial in r["search"]["trials"]] for r in (event.report, report))
     assert found[:8] == expected[:8]  # drawn at random; later ones may differ by the scores' last digits
@@ -142,7 +145,7 @@ def test_search_leaves_those_that_train_meanwhile_bit_identical(tmp_path):
 def test_search_by_groups_gives_modules_weights_of_their_own(tmp_path):
     base = test_base(tmp_path)
     spec = plan(tmp_path, base, groups=("self_attn", "mlp"), trials=4)
-    (event,) = searched(Ranks(), base, spec)
+    *_, event = searched(Ranks(), base, spec)
     assert isinstance(event, SearchDone)
     assert set(event.report["groups"]) == {"self_attn", "mlp"}
     trial = event.report["search"]["trials"][3]
@@ -162,7 +165,7 @@ def test_search_over_adapters_that_cannot_be_fused_fails_in_words(tmp_path):
     base = test_base(tmp_path)
     spec = plan(tmp_path, base)
     broken = replace(spec, plan=replace(spec.plan, rule="svd", rank=None))
-    (event,) = searched(Ranks(), base, broken)
+    *_, event = searched(Ranks(), base, broken)
     assert isinstance(event, EvaluationFailed)
     assert "needs a rank" in event.message
 
@@ -198,7 +201,7 @@ def test_search_goes_past_weights_that_yield_no_finite_score(tmp_path):
     base = test_base(tmp_path)
     spec = plan(tmp_path, base, trials=3)
     wild = replace(spec, plan=replace(spec.plan, weights=(1e30, 1e30)))
-    (event,) = searched(Ranks(), base, wild)
+    *_, event = searched(Ranks(), base, wild)
     assert isinstance(event, SearchDone), event
     trials = event.report["search"]["trials"]
     assert trials[0]["scores"] == {"left.loss": None, "right.loss": None}

@@ -31,6 +31,7 @@ from workers.types import (
     JobSpec,
     JobStopped,
     MemoryModel,
+    Progress,
     SearchDone,
     SearchWeights,
     StepDone,
@@ -146,6 +147,8 @@ class Faults:
     adapter_room: int | None = None
     """What hosts have measured; a host that has takes one adapter at a time."""
     task_result: TaskResult | None = None
+    task_polls: int = 0
+    """How often a task is asked for its result before it has one."""
     refuse_hosts: Exception | None = None
 
 
@@ -219,6 +222,8 @@ class FakeCluster:
         self.hosts: dict[str, FakeHost] = {}
         self.sizes: dict[str, int] = {}
         self.tasks: dict[str, TaskResult] = {}
+        self.asked_of: dict[str, int] = {}
+        """How often each task was asked for its result in vain."""
         self.log: list[tuple[str, Any]] = []
         self.polls = 0
 
@@ -260,7 +265,14 @@ class FakeCluster:
         self.tasks[task_id] = self.faults.task_result or run_task(task)
 
     def task_result(self, task_id: str) -> TaskResult | None:
-        return self.tasks[task_id]
+        if self.asked_of.get(task_id, 0) >= self.faults.task_polls:
+            return self.tasks[task_id]
+        self.asked_of[task_id] = self.asked_of.get(task_id, 0) + 1
+        return None
+
+    def task_progress(self, task_id: str) -> Progress | None:
+        done = self.asked_of.get(task_id)
+        return Progress(done, self.faults.task_polls) if done else None
 
     def close(self) -> None:
         for host in list(self.hosts):

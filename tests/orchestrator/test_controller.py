@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,9 +12,13 @@ from typing import Any
 
 import pytest
 
+from orchestrator.api.service import HomeService
+from orchestrator.commands.progress import RunProgress
 from orchestrator.contracts import RegistryUnreachable, TaskResult
 from orchestrator.control.controller import Controller
+from orchestrator.control.show import read_progress
 from orchestrator.control.submission import new_run
+from orchestrator.home import Home
 from orchestrator.job import REASONS, Reason, Status
 from orchestrator.plan.plan import make_plan
 from orchestrator.recipe.pipeline import load_pipeline
@@ -87,6 +92,26 @@ def world(tmp_path):
 
 def fused(**changes: Any) -> dict[str, Any]:
     return {"release": {"out": "released"}, **changes}
+
+
+def test_pipeline_shows_how_far_a_task_is_while_it_runs_and_no_longer(world):
+    world.faults.task_polls = 4
+    world.submit(finance(), support(), **fused())
+    service = HomeService(
+        Home(world.folder / "home"), lambda: world.store, lambda: nullcontext(world.registry)
+    )
+    watched, shown = RunProgress(world.store, world.store.newest_run().id), []
+
+    def look():
+        told = list(read_progress(world.store).values())
+        assert [view["progress"] for view in service.jobs(everything=True) if view["progress"]] == told
+        for progress in told:
+            assert watched.look()[-1].steps == f"{progress['step']} {progress['done']}/4"
+            shown.append((progress["step"], progress["done"]))
+
+    world.run(on_tick=look)
+    assert list(dict.fromkeys(shown)) == [(step, n) for step in ("fuse", "release") for n in (1, 2, 3, 4)]
+    assert read_progress(world.store) == {}
 
 
 def test_pipeline_runs_from_training_to_a_release(world):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from orchestrator.commands.live_table import Lines
@@ -90,3 +92,13 @@ def test_lines_are_one_a_change_and_one_every_ten_seconds_of_training():
         "[0:40] finance RUNNING: scores the adapter",
         "[1:15] finance SUCCEEDED: done",
     ]
+
+
+def test_lines_of_a_job_that_counts_are_one_every_ten_seconds():
+    said, now = [], [0.0]
+    looks = [replace(at(0, doing="fuses"), counted=f"fuse {done}/224") for done in (1, 40, 120)]
+    lines = Lines(Script(*looks), said.append, clock=lambda: now[0])
+    for second in (0, 5, 11):
+        now[0] = float(second)
+        lines.look()
+    assert said == ["[0:00] finance RUNNING: fuses", "[0:11] finance fuse 120/224"]

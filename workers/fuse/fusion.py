@@ -32,6 +32,7 @@ from workers.fuse.report import REPORT, Overlap, Spectrum, as_json, clamped, sum
 from workers.fuse.rule import Options
 from workers.fuse.rules import RULES
 from workers.manifest import MANIFEST, json_digest, publish_folder, read_manifest, verify_folder
+from workers.progress import Tell, silent
 from workers.rules import as_given, check_plan, check_weights
 from workers.types import BadInput, FuseTask, RuleOptions
 
@@ -145,7 +146,7 @@ def _one(plain: Module, plan: _Plan, asked: Options) -> _Done:
     return _Done(whole.name, factors, report, spectrum, inner_products(small.module.shares))
 
 
-def fuse_folders(task: FuseTask) -> dict[str, Any]:
+def fuse_folders(task: FuseTask, tell: Tell = silent) -> dict[str, Any]:
     """Fuse adapter folders into `task.out_dir`: PEFT's two files, `fusion.json` and a manifest. The report.
 
     Doing a plan again whose result is there changes nothing. Raises BadInput as `fuse` does, and where
@@ -167,22 +168,24 @@ def fuse_folders(task: FuseTask) -> dict[str, Any]:
         adapters, weights, task.rule, task.rank, task.adapter_dirs, task.groups, task.options, folders
     )
     with publish_folder(out, {"plan": digest, **base_digest}) as scratch:
-        report = {**_write(plan, scratch), "sources": sources}
+        report = {**_write(plan, scratch, tell), "sources": sources}
         (scratch / REPORT).write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
     return report
 
 
-def _write(plan: _Plan, folder: Path) -> dict[str, Any]:
+def _write(plan: _Plan, folder: Path, tell: Tell) -> dict[str, Any]:
     """PEFT's two files, module by module; the report."""
     found, shapes = _Report(plan), dict[str, Factors]()
+    names = module_names(plan.adapters)
 
     def factors() -> Generator[tuple[str, Pair]]:
         for name, (a, b) in _results(plan, found):
             shapes[name] = Factors(a.to("meta"), b.to("meta"))
             yield name, (a, b)
+            tell(len(shapes), len(names))
 
     with closing(factors()) as results:
-        write_factors(folder / WEIGHTS, module_names(plan.adapters), results)
+        write_factors(folder / WEIGHTS, names, results)
     write_config(adapter_of(shapes, *_described(plan.adapters)), folder)
     return found.as_json()
 
