@@ -76,6 +76,7 @@ class Work:
         last = self.store.last_event()
         if last == self._last_event and self.clock() - self._refreshed < REFRESH_SECONDS:
             return False
+        news, before = last != self._last_event, self.jobs
         self.jobs = {job.id: job for job in self.store.unfinished_jobs(run, known=self.jobs)}
         self.parents = self.store.statuses({p for job in self.jobs.values() for p in job.depends_on})
         self._last_event, self._refreshed = last, self.clock()
@@ -87,7 +88,7 @@ class Work:
                 log.exception("the stored plan of %s cannot be read", job)
                 words = "its stored plan cannot be read by this version of chorus; submit again"
                 self.switch(job, Reason.INTERNAL_ERROR, words)
-        return True
+        return news or self.jobs != before
 
     def order(self, job: str) -> Order:
         if job not in self._orders:
