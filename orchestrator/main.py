@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from typing import TYPE_CHECKING
 
 from orchestrator.commands.cli import app
-from orchestrator.commands.home import Home
 from orchestrator.commands.parts import ClusterChoice, Parts
+from orchestrator.home import Home
 
 if TYPE_CHECKING:
     from orchestrator.contracts import Cluster, Registry

@@ -15,7 +15,8 @@ from typing import Any
 
 import ray
 
-from workers.serve import Mail, Polled, serve
+from workers.mail import Mail, Polled
+from workers.serve import serve
 from workers.types import BaseSpec, Command, Task
 
 Endpoint = tuple[str, int]

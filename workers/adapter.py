@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -20,13 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from workers.adapter_config import CONFIG, pattern_value, plain_targets, read_config
+from workers.factor_file import Pair, StoredFactors, keys_of, not_whole, pair_up
 from workers.manifest import MANIFEST, CorruptFolder, file_digest, read_manifest
 from workers.tensors import save_tensors
 from workers.types import BadInput
 
 WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,8 @@ class Adapter:
     the module adds `scaling(name) * B @ A` to the base weight.
     """
 
-    factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    factors: Mapping[str, Pair]
+    """Of an adapter that was opened, read from its file each time."""
     r: int
     lora_alpha: float
     use_rslora: bool = False
@@ -51,12 +50,17 @@ class Adapter:
     @property
     def rank_pattern(self) -> dict[str, int]:
         """Full module name -> its rank, for the modules whose factors are not of rank `r`."""
-        ranks = {name: a.shape[0] for name, (a, _) in self.factors.items()}
+        ranks = {name: a.shape[0] for name, (a, _) in self.described.items()}
         return {name: rank for name, rank in ranks.items() if rank != self.r}
+
+    @property
+    def described(self) -> Mapping[str, Pair]:
+        """`factors` as far as their dtypes and shapes go: nothing is read."""
+        return self.factors.described if isinstance(self.factors, StoredFactors) else self.factors
 
     def scaling(self, name: str) -> float:
         """What `B @ A` of the module is multiplied by."""
-        rank = self.factors[name][0].shape[0]
+        rank = self.described[name][0].shape[0]
         return lora_scaling(self.alpha_pattern.get(name, self.lora_alpha), rank, self.use_rslora)
 
 
@@ -107,9 +111,13 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
     tensors = {}
     for name, (a, b) in sorted(adapter.factors.items()):
         # Copied: factors may be views of one buffer, which safetensors refuses.
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = a.detach().to("cpu", copy=True).contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = b.detach().to("cpu", copy=True).contiguous()
+        for key, factor in zip(keys_of(name), (a, b), strict=True):
+            tensors[key] = factor.detach().to("cpu", copy=True).contiguous()
     save_tensors(tensors, folder / WEIGHTS)
+    write_config(adapter, folder)
+
+
+def write_config(adapter: Adapter, folder: Path) -> None:
     config = json.dumps(adapter_config(adapter), indent=2, sort_keys=True)
     (folder / CONFIG).write_text(config + "\n")
 
@@ -138,30 +146,51 @@ def read_adapter(folder: Path) -> Adapter:
     """
     _require_files(folder)
     verify_adapter(folder)
+    return _adapter(folder, pair_up(folder / WEIGHTS, _read_tensors(folder)))
+
+
+def open_adapter(folder: Path) -> Adapter:
+    """The adapter in `folder`, whose factors are read module by module, and are not verified.
+
+    Raises BadInput as `read_adapter` does.
+    """
+    _require_files(folder)
+    return _adapter(folder, StoredFactors(folder / WEIGHTS))
+
+
+def _adapter(folder: Path, factors: Mapping[str, Pair]) -> Adapter:
     config = read_config(folder / CONFIG)
-    factors = _pair_up(folder / WEIGHTS, _read_tensors(folder))
-    _check_ranks(folder / CONFIG, config, factors)
-    alphas = {name: pattern_value(config.get("alpha_pattern"), name) for name in factors}
-    return Adapter(
+    adapter = Adapter(
         factors=factors,
         r=int(config["r"]),
         lora_alpha=config["lora_alpha"],
         use_rslora=bool(config.get("use_rslora")),
         lora_dropout=float(config.get("lora_dropout") or 0.0),
-        alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha is not None},
+        alpha_pattern=_alphas(config, factors),
         base_model=config.get("base_model_name_or_path") or "",
         target_modules=plain_targets(config),
     )
+    _check_ranks(folder / CONFIG, config, adapter.described)
+    return adapter
 
 
-def verify_adapter(folder: Path) -> None:
-    """Check PEFT's two files against the manifest beside them, if there is one. Raises CorruptFolder."""
-    if not (folder / MANIFEST).exists():
-        return
-    files = read_manifest(folder).get("files", {})
-    for name in (CONFIG, WEIGHTS):
-        if files.get(name, {}).get("sha256") != file_digest(folder / name):
+def _alphas(config: Mapping[str, Any], modules: Collection[str]) -> dict[str, float]:
+    found = {name: pattern_value(config.get("alpha_pattern"), name) for name in modules}
+    return {name: alpha for name, alpha in found.items() if alpha is not None}
+
+
+def verify_adapter(folder: Path) -> dict[str, str]:
+    """`adapter_digests`, checked against the manifest beside the files if there is one.
+
+    Raises CorruptFolder if one differs, BadInput if a file is missing.
+    """
+    _require_files(folder)
+    digests = adapter_digests(folder)
+    files = read_manifest(folder).get("files", {}) if (folder / MANIFEST).exists() else None
+    for name, digest in digests.items():
+        if files is not None and files.get(name, {}).get("sha256") != digest:
             raise CorruptFolder(f"{folder / name} does not match the digest in {MANIFEST}")
+    return digests
 
 
 def adapter_digests(folder: Path) -> dict[str, str]:
@@ -172,10 +201,14 @@ def adapter_digests(folder: Path) -> dict[str, str]:
 def check_finite(adapter: Adapter, where: str) -> None:
     """Raises BadInput naming the first module with a NaN or an infinity."""
     for name, factors in adapter.factors.items():
-        if not all(bool(factor.isfinite().all()) for factor in factors):
-            raise BadInput(
-                f"{where}: module '{name}' holds NaN or Inf; use a checkpoint from before it diverged"
-            )
+        check_finite_factors(name, factors, where)
+
+
+def check_finite_factors(module: str, factors: Pair, where: str) -> None:
+    if not all(bool(factor.isfinite().all()) for factor in factors):
+        raise BadInput(
+            f"{where}: module '{module}' holds NaN or Inf; use a checkpoint from before it diverged"
+        )
 
 
 def _require_files(folder: Path) -> None:
@@ -190,33 +223,10 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise BadInput(f"{path} is not a whole safetensors file ({error}); copy or save it again") from error
+        raise not_whole(path, error) from error
 
 
-def _pair_up(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Module name -> (A, B). Refuses what does not pair up: another kind of tensor would be lost silently."""
-    sides: defaultdict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for key, tensor in tensors.items():
-        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
-        if match is None or tensor.ndim != 2 or tensor.dtype not in DTYPES:
-            shape = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-            raise BadInput(
-                f"{path}: tensor '{key}' ({shape}) is not a factor of a linear layer; retrain without it"
-            )
-        sides[match[1]][match[2]] = tensor
-    if not sides:
-        raise BadInput(f"{path} holds no tensor; train the adapter with target_modules that match the base")
-    for name, pair in sides.items():
-        if len(pair) != 2 or pair["A"].shape[0] != pair["B"].shape[1]:
-            raise BadInput(
-                f"{path}: lora_A and lora_B of module '{name}' do not pair up; save the adapter again"
-            )
-    return {name: (pair["A"], pair["B"]) for name, pair in sides.items()}
-
-
-def _check_ranks(
-    path: Path, config: Mapping[str, Any], factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-) -> None:
+def _check_ranks(path: Path, config: Mapping[str, Any], factors: Mapping[str, Pair]) -> None:
     r = int(config["r"])
     for name, (a, _) in factors.items():
         rank = pattern_value(config.get("rank_pattern"), name) or r

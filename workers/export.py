@@ -5,8 +5,10 @@ Owns what lies in such a folder. The merge is `workers.merge`'s, publishing `wor
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,19 @@ from workers.manifest import (
     verify_folder,
 )
 from workers.merge import BASE_CONFIG, check_fit, weight_map, write_merged
-from workers.servers import Obstacle, commands, obstacles, repaired, vllm_rank
+from workers.release_card import CARD, release_card
+from workers.servers import (
+    BASE_VARIABLE,
+    MOST,
+    Obstacle,
+    base_of_card,
+    commands,
+    highest_rank,
+    lost,
+    obstacles,
+    repaired,
+    vllm_rank,
+)
 from workers.signature import check_key, sign
 from workers.types import BadInput, ExportTask
 
@@ -46,27 +60,29 @@ MODEL_FILES = (
 """What a merged model takes over from its base, where it is there. Code is not among it."""
 
 ADAPTER_FILES = (CONFIG, WEIGHTS, REPORT)
-CARD = "README.md"
 
 
 def export(task: ExportTask) -> dict[str, Any]:
     """Publish `task.out_dir` with a manifest and return {"out_dir", "merged", "files": name -> SHA-256}.
 
-    Also `obstacles`: {"server", "words"} for each server that would not serve it, and `commands` to serve it.
+    Also `obstacles`: {"server", "words", "repairable"} for each server that would not serve it, `commands`
+    that serve it on this machine, by server, and `lost`, the share of the adapter that a lower rank took.
     Doing it again where the same release is there changes nothing. Raises BadInput for an adapter that does
     not fit the base, NaN or Inf in it, a key that cannot sign, or an `out_dir` that holds something else;
     CorruptFolder if a byte of the adapter differs from its manifest. After any error no folder is left.
     """
     source, base, out = Path(task.adapter_dir), Path(task.base_path), Path(task.out_dir)
     _check_extra_names(task)
+    if task.repair and task.merged:
+        raise BadInput("a merged model has no adapter to repair")
     if task.signing_key:
         check_key(Path(task.signing_key))
-    adapter = read_adapter(source)
+    adapter = scored = read_adapter(source)
     check_finite(adapter, task.adapter_dir)
     check_fit(adapter, base)
     contents = _contents(task)
     if task.repair:
-        adapter = repaired(adapter)
+        adapter = repaired(scored)
     found = [] if task.merged else obstacles(adapter, base)
     fresh = not out.exists()
     if fresh:
@@ -80,8 +96,9 @@ def export(task: ExportTask) -> dict[str, Any]:
     if task.signing_key and not (out / SIGNATURE).is_file():
         sign(out, Path(task.signing_key))
     return published | {
-        "obstacles": [{"server": obstacle.server, "words": obstacle.words} for obstacle in found],
-        "commands": _commands(task, adapter),
+        "obstacles": [asdict(obstacle) for obstacle in found],
+        "lost": lost(scored, adapter) if highest_rank(scored) > MOST and task.repair else 0.0,
+        "commands": _commands(task, adapter, shlex.quote(_base_here(task, adapter))),
     }
 
 
@@ -98,24 +115,21 @@ def _write_weights(task: ExportTask, adapter: Adapter, out: Path, known: dict[st
 
 
 def _write_documents(task: ExportTask, adapter: Adapter, found: Sequence[Obstacle], out: Path) -> None:
-    """The card says how this very folder is served, which the version's own could not know."""
+    served_by = _commands(task, adapter, base_of_card(adapter.base_model))
+    dtype = task.dtype if task.merged else None
     for name, text in task.extra_files:
-        serving = _serving_section(_commands(task, adapter), found) if name == CARD else ""
-        (out / name).write_text(text + serving)
+        (out / name).write_text(release_card(text, served_by, found, dtype) if name == CARD else text)
 
 
-def _commands(task: ExportTask, adapter: Adapter) -> dict[str, str]:
+def _commands(task: ExportTask, adapter: Adapter, base: str) -> dict[str, str]:
     name = task.name.partition("/")[0] or Path(task.out_dir).name
-    return commands(name, adapter.base_model or task.base_path, task.merged, vllm_rank(adapter))
+    return commands(name, base, task.merged, vllm_rank(adapter))
 
 
-def _serving_section(served_by: Mapping[str, str], found: Sequence[Obstacle]) -> str:
-    lines = ["", "## Serving", "", "From within this folder:", ""]
-    for server, command in served_by.items():
-        against = [obstacle.words for obstacle in found if obstacle.server == server]
-        lines += [f"- {server} would not serve it as it was scored: {'; '.join(against)}"] if against else []
-        lines += [] if against else [f"- {server}: `{command}`"]
-    return "\n".join(lines) + "\n"
+def _base_here(task: ExportTask, adapter: Adapter) -> str:
+    """A hub id if the adapter names one, else the folder in which the base lies on this machine."""
+    named = adapter.base_model
+    return task.base_path if base_of_card(named) == BASE_VARIABLE else named
 
 
 def _bill(task: ExportTask, contents: Mapping[str, Any], files: Mapping[str, str]) -> str:

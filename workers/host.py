@@ -18,7 +18,10 @@ from workers.adapter import Adapter
 from workers.base import Base, load_base
 from workers.capacity import Capacity
 from workers.compose import MicroBatch, compose
+from workers.encoded import read, sources
 from workers.evaluations import Evaluations
+from workers.inputs import gram_matrices
+from workers.joins import Joins, Prepared, remove
 from workers.passes import Passes
 from workers.ranks import Ranks
 from workers.resident import Resident, settle
@@ -45,6 +48,9 @@ from workers.types import (
     TrainingFinished,
 )
 
+JOIN_SECONDS = 0.5
+"""Longest wait of a tick that has nothing else to do for jobs that are on their way in."""
+
 
 class Host:
     def __init__(self, base: Base, ranks: Ranks, load_seconds: float) -> None:
@@ -57,6 +63,7 @@ class Host:
         self.capacity = Capacity(base.spec, ranks, base.bytes_per_parameter)
         self._passes = Passes(base, ranks)
         self._saves = Saves(ranks)
+        self._joins = Joins(ranks, base.spec.path)
         self._credit: dict[str, int] = {}
         self._slots = count()
         self._searches = Searches(base, ranks, self._slots)
@@ -70,8 +77,13 @@ class Host:
 
     @property
     def busy(self) -> bool:
-        """Whether a tick has anything to do: train, score, search, or see what is saved reach the disk."""
-        return bool(self.residents) or self._judging or self._saves.under_way
+        """Whether a tick has anything to do: train, score, search, take in, or see what is saved on disk."""
+        return bool(self.residents or self._joins) or self._judging or self._saves.under_way
+
+    @property
+    def joining(self) -> int:
+        """Jobs that are on their way in."""
+        return len(self._joins)
 
     @property
     def _judging(self) -> bool:
@@ -80,6 +92,7 @@ class Host:
     def close(self) -> list[Event]:
         """Returns when all that was asked is scored and all that was being saved is durable, and says so."""
         events: list[Event] = []
+        self._joins.close()
         while self._evaluations.under_way:
             events += self._evaluations.go_on(self._has_room)
         events += self._saved(lambda _: True)
@@ -91,13 +104,14 @@ class Host:
     # -- the tick --------------------------------------------------------------------------------------
 
     def tick(self) -> list[Event]:
-        """What has become durable is told, what waits to be scored is, the residents train, and every search
-        makes a trial.
+        """What has become durable is told, jobs whose rows are encoded join, what waits to be scored is, the
+        residents train, and every search makes a trial.
 
-        With none of these to do it waits for what is not durable yet.
+        With none of these to do it waits for those on their way in, or for what is not durable yet.
         """
         idle = not self._training and not self._judging
-        events = self._saved(lambda _: idle)
+        events = self._saved(lambda _: idle and not self._joins)
+        events += self.take_in(JOIN_SECONDS if idle else 0.0)
         events += self._evaluations.go_on(self._has_room)
         if training := self._training:
             events += self._train(training)
@@ -207,7 +221,7 @@ class Host:
             events += self._settled(resident.spec.job)
             stopped = resident.spec.job not in self.residents  # for what it had under way failed
             return events if stopped else [*events, self._stop(resident, "diverged", words)]
-        if resident.validation and resident.due(training.evals_per_epoch):
+        if resident.validates and resident.due(training.evals_per_epoch):
             events.append(resident.validated(self._validate(resident)))
         if resident.due(training.saves_per_epoch):
             events += self._save(resident)
@@ -223,7 +237,8 @@ class Host:
         spec, path = resident.spec, Path(resident.spec.checkpoint_dir) / "adapter"
         finished = TrainingFinished(spec.job, spec.attempt, resident.step, str(path))
         adapter, digest = self._export(resident), self.base.spec.digest
-        self._saves.begin(finished, lambda: checkpoint.save_adapter(path, adapter, digest))
+        grams = gram_matrices(self.base, self.ranks, resident)
+        self._saves.begin(finished, lambda: checkpoint.save_adapter(path, adapter, digest, grams))
         self._leave(resident)
         return []
 
@@ -258,28 +273,47 @@ class Host:
 
     def _attach(self, spec: JobSpec) -> list[Event]:
         held = self.residents.get(spec.job)
-        if held is not None and held.spec.attempt == spec.attempt:
+        if spec.attempt in (held.spec.attempt if held else None, self._joins.attempt(spec.job)):
             return []  # said twice
         if held is not None:
             self._leave(held)
+        if self._joins.attempt(spec.job) is not None:
+            self._joins.drop(spec.job)
         # A former attempt may still be on its way to the disk, and this one goes on from it.
         told = self._settled(spec.job)
-        return [*told, *self._take_in(spec)]
+        if len(self.residents) + len(self._joins) >= self.base.spec.slots:
+            words = "the host has no free slot"
+            return [*told, JobStopped(spec.job, spec.attempt, 0, "internal_error", words)]
+        prepared = self._joins.begin(spec)
+        return [*told, *self._seat(spec, prepared)] if prepared else told
 
-    def _take_in(self, spec: JobSpec) -> list[Event]:
-        if len(self.residents) >= self.base.spec.slots:
-            return [JobStopped(spec.job, spec.attempt, 0, "internal_error", "the host has no free slot")]
-        found = checkpoint.newest(Path(spec.checkpoint_dir)) if self.ranks.rank == 0 else None
-        path, slot = self.ranks.broadcast(found), next(self._slots)
+    def take_in(self, seconds: float = 0.0) -> list[Event]:
+        """Jobs whose rows are encoded become resident; waits so long for the others. Every tick does it."""
+        events: list[Event] = []
+        for spec, (prepared, problem) in self._joins.ended(seconds):
+            if problem:
+                events.append(JobStopped(spec.job, spec.attempt, 0, *problem))
+            else:
+                events += self._seat(spec, prepared)
+            if prepared.rows and self.ranks.rank == 0:
+                remove(prepared.rows)
+        return events
+
+    def _seat(self, spec: JobSpec, prepared: Prepared) -> list[Event]:
+        slot = next(self._slots)
         readers = len(spec.distill.teachers) if spec.distill and spec.distill.labels < 1 else 0
         teachers = tuple(next(self._slots) for _ in range(readers))
-        resident, problem = on_all(self.ranks, lambda: settle(self.base, spec, slot, teachers, path))
+        resident, problem = on_all(self.ranks, lambda: self._settle(spec, slot, teachers, prepared))
         problem = problem or self._too_large(resident)
         if problem:
             self._free(slot, *teachers)
             return [JobStopped(spec.job, spec.attempt, 0, *problem)]
         self.residents[spec.job] = resident
         return [resident.attached(), *resident.reports, *self._go_on(resident)]
+
+    def _settle(self, spec: JobSpec, slot: int, teachers: tuple[int, ...], prepared: Prepared) -> Resident:
+        encoded = read(prepared.rows, len(sources(spec))) if prepared.rows else None
+        return settle(self.base, spec, slot, teachers, prepared.checkpoint, encoded)
 
     def _too_large(self, resident: Resident) -> Problem | None:
         """Why a job does not get its slot, by the memory model."""
@@ -292,6 +326,9 @@ class Host:
         return "out_of_memory", f"{words} in the memory of this host"
 
     def _detach(self, job: str, attempt: int) -> list[Event]:
+        if self._joins.attempt(job) == attempt:
+            self._joins.drop(job)
+            return [Detached(job, attempt, 0)]
         resident = self.residents.get(job)
         if resident is None or resident.spec.attempt != attempt:
             return []

@@ -1,4 +1,4 @@
-"""An adapter merged into its base's weights: W + scaling * B A, one tensor in memory at a time.
+"""An adapter merged into its base's weights: W + scaling * B A, some blocks in memory at a time.
 
 Owns the layout of a base's safetensors files. Builds no model; the base folder is only read.
 """
@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from workers.adapter import Adapter
-from workers.shards import DTYPES, Entry, write_shard
+from workers.fuse.factors import one_thread
+from workers.shards import Block, Entry, StoredShard, write_shard
 from workers.types import BadInput
 
 SINGLE = "model.safetensors"
@@ -77,9 +78,10 @@ def write_merged(adapter: Adapter, base: Path, out: Path, dtype: torch.dtype) ->
     placed: dict[str, str] = {}
     size = 0
     for path in sorted(set(shards.values())):
-        entries = _entries(path, sources, dtype)
-        merged = partial(_merged_tensor, adapter, sources, path, dtype)
-        digests[path.name] = write_shard(out / path.name, entries, merged)
+        with StoredShard(path) as stored, one_thread():
+            entries = _entries(stored.entries, sources, dtype)
+            filled = partial(_fill, adapter, sources, stored)
+            digests[path.name] = write_shard(out / path.name, entries, filled)
         placed |= dict.fromkeys(entries, path.name)
         size += sum(entry.nbytes for entry in entries.values())
     if (base / INDEX).is_file():
@@ -90,43 +92,55 @@ def write_merged(adapter: Adapter, base: Path, out: Path, dtype: torch.dtype) ->
     return digests
 
 
-def _entries(path: Path, sources: Mapping[str, str], dtype: torch.dtype) -> dict[str, Entry]:
+def _entries(stored: Mapping[str, Entry], sources: Mapping[str, str], dtype: torch.dtype) -> dict[str, Entry]:
     """The tensors of one shard, and of the modules that start from a tensor in it under another name."""
-    with safe_open(path, "pt") as shard:
-        names = set(shard.keys())
-        names |= {weight for weight, source in sources.items() if source in names}
-        pieces = {name: shard.get_slice(sources.get(name, name)) for name in sorted(names)}
-        stored = {name: (piece.get_shape(), DTYPES[piece.get_dtype()]) for name, piece in pieces.items()}
-    return {
-        name: Entry(tuple(shape), dtype if kind.is_floating_point else kind)
-        for name, (shape, kind) in stored.items()
-    }
+    names = stored.keys() | {weight for weight, source in sources.items() if source in stored}
+    found: dict[str, Entry] = {}
+    for name in sorted(names):
+        kept = stored[sources.get(name, name)]
+        kind = dtype if kept.dtype.is_floating_point else kept.dtype
+        together = _rows_at_once(kept.shape[1]) * kept.shape[1] if name in sources else 1
+        found[name] = Entry(kept.shape, kind, together)
+    return found
 
 
-def _merged_tensor(
-    adapter: Adapter, sources: Mapping[str, str], path: Path, dtype: torch.dtype, name: str
-) -> Tensor:
-    """One tensor; the file is opened anew for each, so that no more of it than that stays in memory."""
-    with safe_open(path, "pt") as shard:
-        return _merged(adapter, name, shard.get_tensor(sources.get(name, name)), dtype)
+def _fill(
+    adapter: Adapter, sources: Mapping[str, str], stored: StoredShard, block: Block, into: Tensor
+) -> None:
+    """Elements of one tensor of the release: the base's, or with the adapter added."""
+    source = sources.get(block.name, block.name)
+    entry = stored.entries[source]
+    read = into if entry.dtype == into.dtype else torch.empty(block.elements, dtype=entry.dtype)
+    stored.read(source, block.start, read)
+    if block.name in sources:
+        columns = entry.shape[1]
+        first = block.start // columns
+        _merge(
+            adapter, block.name.removesuffix(".weight"), first, read.view(-1, columns), into.view(-1, columns)
+        )
+    elif read is not into:
+        into.copy_(read)
 
 
-def _merged(adapter: Adapter, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    module = name.removesuffix(".weight")
-    if not weight.is_floating_point():
-        return weight
-    if module not in adapter.factors:
-        return weight.to(dtype)
-    # Added in float32 at least and rounded once: bf16 arithmetic would lose most of a small delta.
-    wide = torch.promote_types(dtype, torch.float32)
+def _merge(adapter: Adapter, module: str, first: int, weight: Tensor, into: Tensor) -> None:
+    """Rows of a module's weight from row `first` on, [rows, in], with scaling * B A added, into `into`.
+
+    Added in float32 at least and rounded once: bf16 arithmetic would lose most of a small delta. `into` may
+    be the weight itself.
+    """
+    wide = torch.promote_types(into.dtype, torch.float32)
     a, b = (factor.to(wide) for factor in adapter.factors[module])
     a = adapter.scaling(module) * a
-    merged = torch.empty(weight.shape, dtype=dtype)
-    rows = max(1, ELEMENTS_AT_ONCE // weight.shape[1])
+    rows = _rows_at_once(weight.shape[1])
+    scratch = torch.empty((rows, weight.shape[1]), dtype=wide)
     for start in range(0, len(weight), rows):
-        part = slice(start, start + rows)
-        merged[part] = torch.addmm(weight[part].to(wide), b[part], a)
-    return merged
+        part = weight[start : start + rows]
+        total = scratch[: len(part)].copy_(part)
+        into[start : start + rows] = total.addmm_(b[first + start : first + start + len(part)], a)
+
+
+def _rows_at_once(columns: int) -> int:
+    return max(1, ELEMENTS_AT_ONCE // columns)
 
 
 def _source(module: str, shards: Mapping[str, Path], base: Path) -> str:

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -18,7 +19,7 @@ from workers.adapter import read_adapter
 from workers.base import Base
 from workers.capacity import chunk_tokens
 from workers.compose import Chunk, Lesson, cut_step
-from workers.data import encode_all
+from workers.encoded import Encoded, cannot_start, encode, sources
 from workers.head import returns_logits_as_they_are
 from workers.manifest import CorruptFolder, verify_folder
 from workers.optim import JobOptimizer
@@ -26,7 +27,7 @@ from workers.order import batch_samples, num_steps, steps_per_epoch
 from workers.ranks import Ranks
 from workers.rows import Row
 from workers.step import Share, target_count
-from workers.types import Attached, BadInput, DatasetSpec, JobSpec, StepDone, Validated
+from workers.types import Attached, BadInput, JobSpec, StepDone, Validated
 
 log = logging.getLogger(__name__)
 FROZEN = 10 / 18
@@ -40,13 +41,13 @@ those since the last one are not enough; it may miss this many before it is kill
 class Course:
     """Rows that every step draws from: a plain job has one, a distillation one for each teacher."""
 
-    rows: list[Row]
-    validation: list[Row]
+    rows: Sequence[Row]
+    validation: Sequence[Row]
     batch_size: int
     lesson: Lesson | None = None
     """How they count; its `target_tokens` are filled in batch by batch."""
 
-    def lesson_of(self, batch: list[Row]) -> Lesson | None:
+    def lesson_of(self, batch: Sequence[Row]) -> Lesson | None:
         return replace(self.lesson, target_tokens=target_count(batch)) if self.lesson else None
 
 
@@ -86,6 +87,10 @@ class Resident:
     @property
     def train_rows(self) -> int:
         return sum(len(course.rows) for course in self.courses)
+
+    @property
+    def validates(self) -> bool:
+        return any(course.validation for course in self.courses)
 
     @property
     def validation(self) -> list[Row]:
@@ -186,25 +191,35 @@ class Resident:
 
 
 def settle(
-    base: Base, spec: JobSpec, slot: int, teachers: tuple[int, ...], resume_from: Path | None
+    base: Base,
+    spec: JobSpec,
+    slot: int,
+    teachers: tuple[int, ...],
+    resume_from: Path | None,
+    encoded: list[Encoded] | None = None,
 ) -> Resident:
     """Read the job's data, fill its slot, and go on from a checkpoint if there is one. No collectives.
 
-    `teachers` are slots, one for each adapter of a distillation that is to be read. Raises BadInput for data
-    or hyper-parameters that cannot be used, CorruptFolder for a torn checkpoint.
+    `teachers` are slots, one for each adapter of a distillation that is to be read; `encoded` is the data if
+    it has been read already. Raises BadInput for data or hyper-parameters that cannot be used, CorruptFolder
+    for a torn checkpoint.
     """
     try:
-        return _settle(base, spec, slot, teachers, resume_from)
+        return _settle(base, spec, slot, teachers, resume_from, encoded)
     except (BadInput, CorruptFolder, OSError):
         raise
     except Exception as error:  # whatever one job brings along, the others stay resident
         log.exception("%s cannot be made resident", spec.job)
-        words = " ".join(f"{type(error).__name__}: {error}".split())
-        raise BadInput(f"the job cannot start ({words}); correct its recipe or its data") from error
+        raise cannot_start(error) from error
 
 
 def _settle(
-    base: Base, spec: JobSpec, slot: int, teachers: tuple[int, ...], resume_from: Path | None
+    base: Base,
+    spec: JobSpec,
+    slot: int,
+    teachers: tuple[int, ...],
+    resume_from: Path | None,
+    encoded: list[Encoded] | None,
 ) -> Resident:
     training = spec.training
     if training.sequence_len > base.longest:
@@ -212,7 +227,8 @@ def _settle(
             f"sequence_len: {training.sequence_len} is longer than the base allows ({base.longest} tokens)"
         )
     optimized = base.slots.create(slot, spec.adapter, training.seed)
-    courses = _courses(base, spec, teachers)
+    encoded = encoded or encode(base.tokenizer, sources(spec), training.sequence_len)
+    courses = _courses(base, spec, teachers, encoded)
     steps = num_steps(training, sum(len(course.rows) for course in courses))
     resident = Resident(spec, slot, courses, steps, JobOptimizer(optimized, training, steps))
     resident.chunk_tokens, resident.teachers = chunk_tokens(base.spec), teachers
@@ -232,24 +248,20 @@ def _settle(
     return resident
 
 
-def _courses(base: Base, spec: JobSpec, teachers: tuple[int, ...]) -> tuple[Course, ...]:
-    def encoded(datasets: tuple[DatasetSpec, ...], first: int = 0) -> list[Row]:
-        rows = encode_all(base.tokenizer, datasets, spec.training.sequence_len) if datasets else []
-        return [replace(row, sample=row.sample + first) for row in rows] if first else rows
-
+def _courses(
+    base: Base, spec: JobSpec, teachers: tuple[int, ...], encoded: Sequence[Encoded]
+) -> tuple[Course, ...]:
     distill = spec.distill
     if distill is None:
-        batch = spec.training.global_batch_size
-        return (Course(encoded(spec.train), encoded(spec.validation), batch),)
+        (data,) = encoded
+        return (Course(data.train, data.validation, spec.training.global_batch_size),)
     if teachers and not returns_logits_as_they_are(base.model.config):
         raise BadInput("distillation: this base changes the logits of its head, which is not supported yet")
     total = sum(teacher.weight for teacher in distill.teachers)
     courses: list[Course] = []
-    for teacher, slot in zip_longest(distill.teachers, teachers):
-        # Samples are numbered over all rows of the job: dropout's masks are drawn by them.
-        rows = encoded(teacher.train, sum(len(course.rows) for course in courses))
+    for teacher, data, slot in zip_longest(distill.teachers, encoded, teachers):
         lesson = Lesson(0, teacher.weight / total, slot, distill.labels, distill.temperature)
-        courses.append(Course(rows, encoded(teacher.validation), teacher.batch_size, lesson))
+        courses.append(Course(data.train, data.validation, teacher.batch_size, lesson))
         if slot is not None:
             verify_folder(Path(teacher.adapter_dir))
             base.slots.load(slot, read_adapter(Path(teacher.adapter_dir)))

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from workers.disk import Problem, written
 from workers.ranks import Ranks
-from workers.together import Problem, written
 from workers.types import CheckpointSaved, TrainingFinished
 
 Told = CheckpointSaved | TrainingFinished

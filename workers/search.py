@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from workers.adapter import Adapter, read_adapter
+from workers.adapter import Adapter, open_adapter
 from workers.fuse import fuse
 from workers.types import BadInput, FuseTask, SearchSpec, SearchTask
 
@@ -117,8 +117,8 @@ def _undominated(trial: Trial, others: Sequence[Trial]) -> bool:
 def fused_by(plan: FuseTask, groups: Sequence[str], weights: Sequence[tuple[float, ...]]) -> Adapter:
     """The plan's adapter with other weights, in memory alone."""
     task = _with_weights(plan, groups, weights)
-    adapters = [read_adapter(Path(folder)) for folder in task.adapter_dirs]
     folders = [Path(folder) for folder in task.adapter_dirs]
+    adapters = [open_adapter(folder) for folder in folders]
     return fuse(
         adapters, task.weights, task.rule, task.rank, task.adapter_dirs, task.groups, task.options, folders
     )[0]

@@ -16,15 +16,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import queue
 import sys
-import threading
-from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from workers.mail import Mail
 from workers.types import (
     Attach,
     BadInput,
@@ -50,53 +48,6 @@ log = logging.getLogger(__name__)
 Spec = TypeVar("Spec", BaseSpec, JobSpec)
 
 
-@dataclass(frozen=True)
-class Polled:
-    """Events after the number the caller gave; `last` is the number to give next."""
-
-    events: tuple[Event, ...]
-    last: int
-    rounds: int
-    """Rounds the loop has done. One that stays put while the host is busy tells of a hang."""
-
-
-class Mail:
-    """Commands in and events out of one host, safe between threads. Only rank 0's is used."""
-
-    def __init__(self) -> None:
-        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._events: deque[tuple[int, Event]] = deque()
-        self._last = 0
-        self._lock = threading.Lock()
-        self.rounds = 0
-
-    def submit(self, command: Command) -> None:
-        self._commands.put(command)
-
-    def commands(self, wait: float) -> list[Command]:
-        """All commands that came, in order; waits up to `wait` seconds for the first."""
-        taken: list[Command] = []
-        try:
-            taken.append(self._commands.get(block=wait > 0, timeout=wait or None))
-            while True:
-                taken.append(self._commands.get_nowait())
-        except queue.Empty:
-            return taken
-
-    def put(self, events: Sequence[Event]) -> None:
-        with self._lock:
-            for event in events:
-                self._last += 1
-                self._events.append((self._last, event))
-
-    def poll(self, after: int) -> Polled:
-        """Events numbered above `after`, in order. Those up to `after` were received and are forgotten."""
-        with self._lock:
-            while self._events and self._events[0][0] <= after:
-                self._events.popleft()
-            return Polled(tuple(event for _, event in self._events), self._last, self.rounds)
-
-
 def serve(
     load: Callable[[], Host], ranks: Ranks, mail: Mail, idle_seconds: float = IDLE_SECONDS
 ) -> Generator[bool]:
@@ -119,9 +70,14 @@ def serve(
 
 
 def _round(host: Host, ranks: Ranks, mail: Mail, idle_seconds: float) -> bool:
-    """Apply the commands that came and do one tick; False after Close."""
+    """Apply the commands that came and do one tick; False after Close.
+
+    A host to which no controller has spoken for long closes itself, once it has nothing left to do.
+    """
     wait = 0.0 if host.busy else idle_seconds
     taken = mail.commands(wait) if ranks.rank == 0 else []
+    if ranks.rank == 0 and not host.busy and mail.abandoned:
+        taken.append(Close())
     # One broadcast a round, empty or not: all ranks apply the same commands between the same two ticks.
     commands: list[Command] = ranks.broadcast(taken)
     for command in commands:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from workers.manifest import SIGNATURE
+from workers.manifest import SIGNATURE, CorruptFolder
 from workers.types import BadInput
 
 
@@ -39,16 +39,19 @@ def sign(folder: Path, key: Path) -> None:
 
 
 def check_signature(folder: Path, key: Path) -> None:
-    """Raises BadInput if `folder` is not what the owner of the public key signed."""
+    """Raises CorruptFolder if `folder` is not what the owner of the public key signed, BadInput without the
+    package."""
     _library()
     from model_signing import verifying
 
+    if not (folder / SIGNATURE).is_file():
+        raise CorruptFolder(f"{folder} is not signed: it holds no {SIGNATURE}")
     try:
         config = verifying.Config().use_elliptic_key_verifier(public_key=key)
         config.set_hashing_config(_hashing(folder)).verify(folder, folder / SIGNATURE)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise BadInput(f"{folder} is not what was signed for {key}: {reason}") from error
+        raise CorruptFolder(f"{folder} is not what was signed for {key}: {reason}") from error
 
 
 def _hashing(folder: Path) -> Any:

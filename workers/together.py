@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 from typing import TypeVar
 
+from workers.disk import Problem, written
 from workers.manifest import CorruptFolder
 from workers.memory import is_out_of_memory
 from workers.ranks import Ranks
-from workers.types import BadInput, StopCode
+from workers.types import BadInput
 
 T = TypeVar("T")
-Problem = tuple[StopCode, str]
-"""What stops a job, and the words for it."""
 
 
 def on_all(ranks: Ranks, act: Callable[[], T]) -> tuple[T, None] | tuple[None, Problem]:
@@ -33,16 +31,6 @@ def on_all(ranks: Ranks, act: Callable[[], T]) -> tuple[T, None] | tuple[None, P
         return None, problems[0]
     assert value is not None, "what refuses nowhere gives a value everywhere"
     return value, None
-
-
-def written(write: Callable[[], object]) -> Problem | None:
-    """What kept `write` from the disk."""
-    try:
-        write()
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return ("disk_full" if full else "internal_error", f"cannot save: {error}")
-    return None
 
 
 def on_first(ranks: Ranks, write: Callable[[], object]) -> Problem | None:

@@ -21,6 +21,10 @@ class BadInput(ValueError):
     """Something a user wrote is wrong. The message is one sentence: file, key or row, and what to do."""
 
 
+class Superseded(Exception):
+    """Another controller has taken over from the one that speaks: it must stop, and touch nothing more."""
+
+
 # ---- what a host loads and a job asks for -----------------------------------------------------------
 
 
@@ -145,6 +149,8 @@ class JobSpec:
     """Share of a tick's tokens, relative to the other residents' weights."""
     distill: DistillSpec | None = None
     """Then the rows are its teachers', and `train` and `validation` are empty."""
+    gram_rows: int = 0
+    """Training rows from which `gram.safetensors` is made beside the finished adapter; 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -446,6 +452,21 @@ JobEvent = (
     Attached | StepDone | Validated | CheckpointSaved | OutOfMemory | TrainingFinished | Detached | JobStopped
 )
 Event = HostReady | HostMeasured | JobEvent | EvaluationDone | SearchDone | EvaluationFailed | HostFailed
+
+
+@dataclass(frozen=True)
+class Roll:
+    """A host as whoever takes it over is to see it: as it was after event number `after`.
+
+    What was asked of it and not answered by then. The events that follow are still to be polled.
+    """
+
+    after: int
+    ready: HostReady | None = None
+    measured: HostMeasured | None = None
+    attached: tuple[JobSpec, ...] = ()
+    """Jobs that were sent to train, and of which none has finished, stopped or been detached."""
+    requests: tuple[Evaluate | SearchWeights, ...] = ()
 
 
 # ---- CPU tasks that need no base in memory: run anywhere, pure files in, files out --------------------

@@ -15,8 +15,9 @@ import torch
 
 from orchestrator.contracts import Capacity, TaskResult
 from workers.host import Host
+from workers.mail import Mail
 from workers.ranks import Ranks
-from workers.serve import Mail, serve
+from workers.serve import serve
 from workers.task import run
 from workers.types import BadInput, BaseSpec, Command, Event, Task
 
@@ -99,7 +100,8 @@ class LocalCluster:
         try:
             self._tasks[task_id] = TaskResult(value=run(task))
         except Exception as error:
-            log.exception("task %s failed", task_id)
+            if not isinstance(error, BadInput):
+                log.exception("task %s failed", task_id)
             self._tasks[task_id] = TaskResult.of(error)
 
     def task_result(self, task_id: str) -> TaskResult | None:

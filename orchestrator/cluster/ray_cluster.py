@@ -31,7 +31,8 @@ from orchestrator.cluster import ray_watch
 from orchestrator.contracts import Capacity, ClusterUnreachable, TaskResult
 from workers.actor import RankActor, run_task
 from workers.hang import DEFAULT, VARIABLE, hang_seconds
-from workers.serve import Polled, failure_words
+from workers.mail import Polled
+from workers.serve import failure_words
 from workers.types import BaseSpec, Command, Event, HostFailed, Task
 
 ANSWER_SECONDS = 0.2

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from orchestrator.commands.errors import Refused
+from orchestrator.api.errors import Refused
+from orchestrator.api.views import version_view
 from orchestrator.commands.filters import Filters, chosen
-from orchestrator.commands.home import Home
 from orchestrator.commands.output import Format, emit, figure, grid, moment
 from orchestrator.commands.parts import Parts
 from orchestrator.commands.recheck import champion_of, judge, scores_of
-from orchestrator.commands.views import version_view
 from orchestrator.contracts import AdapterVersion, Registry
 from orchestrator.gate import METRICS
+from orchestrator.home import Home
 from workers.types import BadInput
 
 REFERENCE = re.compile(r"(?P<name>[A-Za-z0-9._-]+)[@/](?P<ref>[A-Za-z0-9_-]+)")

@@ -26,7 +26,7 @@ class Commands(TyperGroup):
         except (KeyboardInterrupt, Exception) as error:
             if type(error).__module__.startswith("typer"):
                 raise
-            from orchestrator.commands.errors import explain
+            from orchestrator.api.errors import explain
 
             found = explain(error)
             if found is None:
@@ -52,8 +52,8 @@ for command in (
     *(run_cli.submit, run_cli.serve),
     *(queue_cli.explain, queue_cli.events, queue_cli.hosts, queue_cli.teams),
     *(queue_cli.cancel, queue_cli.pause, queue_cli.resume, queue_cli.priority),
-    *(release_cli.promote, release_cli.rollback, release_cli.fuse, release_cli.release),
-    *(site_cli.ui, site_cli.doctor, site_cli.simulate),
+    *(release_cli.promote, release_cli.rollback, release_cli.fuse, release_cli.release, release_cli.verify),
+    *(site_cli.ui, site_cli.api, site_cli.token, site_cli.doctor, site_cli.simulate),
 ):
     app.command()(command)
 for command in (run_cli.validate, run_cli.schema):

@@ -11,15 +11,16 @@ from uuid import uuid4
 
 from rich.console import Console
 
-from orchestrator.commands import errors
+from orchestrator.api import errors
 from orchestrator.commands.adapters import GATE_TAG, find
-from orchestrator.commands.home import Home
 from orchestrator.commands.parts import ClusterChoice, Parts
 from orchestrator.contracts import AdapterVersion, Cluster, Registry
 from orchestrator.control.submission import read_order
 from orchestrator.disk import room
+from orchestrator.home import Home
 from orchestrator.recipe.base_file import anchor, load_base
 from orchestrator.recipe.file import Place
+from workers.manifest import CorruptFolder, verify_folder
 from workers.rules import options_of
 from workers.types import BadInput, BaseSpec, ExportTask, FuseTask, Task
 
@@ -103,6 +104,8 @@ def release(parts: Parts, home: Home, options: ReleaseOptions, console: Console)
     did not pass.
     """
     _refuse_existing(options.out)
+    if options.merged and options.repair:
+        raise BadInput("a merged model has no adapter to repair; leave out either --merged or --repair")
     if options.key is not None and not options.key.is_file():
         raise BadInput(f"{options.key} is no file; give the private key to sign with, in PEM")
     with parts.registry(home) as registry:
@@ -124,18 +127,45 @@ def release(parts: Parts, home: Home, options: ReleaseOptions, console: Console)
         made = _carry_out(cluster, task)
     kind = "merged model" if options.merged else "adapter"
     console.print(f"{label}: {kind} in {options.out}", soft_wrap=True)
+    if made.get("lost"):
+        words = (
+            f"its rank was above vLLM's: the nearest adapter of a lower one, {made['lost']:.2%} of it lost"
+        )
+        console.print(words, soft_wrap=True)
     _say_how_to_serve(made, options, console)
 
 
 def _say_how_to_serve(made: Mapping[str, Any], options: ReleaseOptions, console: Console) -> None:
-    against = {obstacle["server"]: obstacle["words"] for obstacle in made.get("obstacles", ())}
-    for server, words in against.items():
-        console.print(f"{server} would not serve it as it was scored: {words}", soft_wrap=True)
-    if against and not options.repair:
+    found = made.get("obstacles", ())
+    for obstacle in found:
+        words = f"{obstacle['server']} would not serve it as it was scored: {obstacle['words']}"
+        console.print(words, soft_wrap=True)
+    if any(obstacle["repairable"] for obstacle in found):
         console.print("`chorus release --repair` writes it as every server reads it", soft_wrap=True)
     for server, command in made.get("commands", {}).items():
-        if server not in against:
+        if server not in {obstacle["server"] for obstacle in found}:
             console.print(f"{server}, in {options.out}: {command}", soft_wrap=True)
+
+
+def verify(folder: Path, key: Path | None, console: Console) -> None:
+    """Check a released folder's bytes, and with a public key its signature.
+
+    Raises Refused naming the first file that was altered, BadInput for what is no folder or no key.
+    """
+    from workers.signature import check_signature
+
+    if not folder.is_dir():
+        raise BadInput(f"{folder} is no folder; give a folder that `chorus release` wrote")
+    if key is not None and not key.is_file():
+        raise BadInput(f"{key} is no file; give the public key, in PEM")
+    try:
+        files = verify_folder(folder)["files"]
+        if key is not None:
+            check_signature(folder.absolute(), key.absolute())
+    except CorruptFolder as error:
+        raise errors.Refused(str(error)) from error
+    signed = "" if key is None else f", and signed by the owner of {key}"
+    console.print(f"{folder}: {len(files)} files as they were released{signed}", soft_wrap=True)
 
 
 def _base_of(parts: Parts, home: Home, version: AdapterVersion, named: str | None) -> BaseSpec:

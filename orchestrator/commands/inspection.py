@@ -13,11 +13,11 @@ from rich.console import Console
 from orchestrator.bootstrap import Interval
 from orchestrator.commands.adapters import find
 from orchestrator.commands.filters import PARENTS_TAG
-from orchestrator.commands.home import Home
 from orchestrator.commands.output import Format, emit, figure, grid, moment
 from orchestrator.commands.parts import Parts
 from orchestrator.commands.recheck import of_name, scores_of
 from orchestrator.contracts import AdapterVersion, NoSuchVersion, Registry, ReleaseRecord
+from orchestrator.home import Home
 from orchestrator.judgement import as_json, difference, read_conditions
 from orchestrator.registry.evaluations import read_scores
 from workers.types import BadInput

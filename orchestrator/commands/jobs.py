@@ -1,101 +1,39 @@
-"""`ps`, `status`, `logs`: the store read, whether or not anybody works."""
+"""`ps`, `status`, `logs`: what is submitted, and how it goes, whether or not anybody works."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 from rich.console import Console
 
-from orchestrator.commands.home import Home
-from orchestrator.commands.outcome import outcome
-from orchestrator.commands.outcome_table import show_outcome
+from orchestrator.api.outcome import read_outcome
+from orchestrator.api.service import NOTHING_SEEN, Service, Value
+from orchestrator.commands.outcome_table import exit_code, show_outcome
 from orchestrator.commands.output import Format, duration, emit, figure, grid, moment
-from orchestrator.commands.parts import Parts
-from orchestrator.commands.queue_view import Queue, seconds_left
-from orchestrator.commands.run import exit_code
-from orchestrator.commands.views import event_view, job_view, metric_view, run_view, steps_view
-from orchestrator.store.rows import JobRow
-from orchestrator.store.store import NoSuchJob, Store
+from orchestrator.job import FINISHED
 
 FOLLOW_SECONDS = 0.5
 JOB_COLUMNS = (*("job", "team", "status", "#", "host", "step", "loss", "tokens/s", "time", "left", "why"),)
 FIGURES = ("#", "step", "loss", "tokens/s", "time", "left")
 
-
-# ---- finding --------------------------------------------------------------------------------------------
-
-
-def open_store(parts: Parts, home: Home, stack: ExitStack) -> Store:
-    """The store of a home. Raises NoSuchJob if nothing was ever submitted there, and makes nothing."""
-    if not home.has_store:
-        raise NoSuchJob(f"nothing was submitted in {home.folder} yet; `chorus run FILE` does that")
-    return stack.enter_context(parts.store(home))
-
-
-def find_jobs(store: Store, reference: str) -> tuple[JobRow, ...]:
-    """The one job, or all jobs of the run, that a user means: an id, or a name in the newest run that has it.
-
-    Raises NoSuchJob.
-    """
-    jobs = store.jobs()
-    exact = tuple(job for job in jobs if reference in (job.id, job.run))
-    if exact:
-        return exact
-    for run in store.runs():
-        of_run = [job for job in jobs if job.run == run.id]
-        named = [job for job in of_run if job.name == reference] or (of_run if run.name == reference else [])
-        if named:
-            return tuple(named)
-    raise NoSuchJob(f"there is no job or run {reference!r}; `chorus ps --all` shows them")
-
-
-def find_job(store: Store, reference: str) -> JobRow:
-    """One job. Raises NoSuchJob, also for a run of several."""
-    job, *others = find_jobs(store, reference)
-    if others:
-        names = ", ".join(each.name for each in (job, *others))
-        raise NoSuchJob(f"{reference} is a run of several jobs; name one of {names}")
-    return job
-
-
 # ---- ps and status --------------------------------------------------------------------------------------
 
 
-def ps(parts: Parts, home: Home, everything: bool, format: Format) -> None:
+def ps(service: Service, everything: bool, format: Format) -> None:
     """Jobs that are not finished and those of the newest run, or all."""
-    with ExitStack() as stack:
-        store = open_store(parts, home, stack) if home.has_store else None
-        jobs = _views(store, _shown(store, everything)) if store else []
-        emit(jobs, format, lambda out: _print_jobs(out, jobs, home))
+    jobs = service.jobs(everything)
+    emit(jobs, format, lambda out: _print_jobs(out, jobs, service))
 
 
-def _shown(store: Store, everything: bool) -> tuple[JobRow, ...]:
-    if everything:
-        return store.jobs()
-    newest = store.newest_run()
-    found = {job.id: job for job in (*store.unfinished_jobs(), *(store.jobs(newest.id) if newest else ()))}
-    return tuple(sorted(found.values(), key=lambda job: job.submitted_at))
-
-
-def _views(store: Store, jobs: Iterable[JobRow]) -> list[dict[str, Any]]:
-    """What only the store as a whole tells of a job goes beside what its row does."""
-    queue = Queue.read(store)
-    return [
-        {**job_view(job), "position": queue.position(job), "seconds_left": seconds_left(store, job)}
-        for job in jobs
-    ]
-
-
-def _print_jobs(out: Console, jobs: Sequence[dict[str, Any]], home: Home) -> None:
+def _print_jobs(out: Console, jobs: Sequence[Value], service: Service) -> None:
     if not jobs:
-        out.print(f"no jobs in {home.folder}; `chorus run FILE` submits some", soft_wrap=True)
+        out.print(f"no jobs in {service.place}; `chorus run FILE` submits some", soft_wrap=True)
         return
     out.print(grid(JOB_COLUMNS, [_cells(job) for job in jobs], right=FIGURES))
-    if any(job["finished_at"] is None for job in jobs) and not home.claimed():
+    if any(job["finished_at"] is None for job in jobs) and not service.at_work():
         out.print(
             "nobody works here; `chorus serve`, or the same `chorus run FILE`, goes on with the unfinished",
             soft_wrap=True,
@@ -121,85 +59,56 @@ def _running_time(job: Mapping[str, Any]) -> float | None:
     return (job["finished_at"] or time.time()) - job["started_at"]
 
 
-def status(parts: Parts, home: Home, reference: str, format: Format) -> int:
+def status(service: Service, reference: str, format: Format) -> int:
     """One job or one run in full; the exit code tells its state."""
-    with ExitStack() as stack:
-        store = open_store(parts, home, stack)
-        jobs = find_jobs(store, reference)
-        if reference in (jobs[0].id, jobs[0].name):
-            _one_job(store, jobs[0], format)
-        else:
-            _one_run(store, jobs, home, format)
-        return exit_code(jobs)
+    value = service.status(reference)
+    if "jobs" not in value:
+        emit(value, format, lambda out: _print_job(out, value))
+        return exit_code([value])
+    emit(value, format, lambda out: _print_run(out, value, service))
+    return exit_code(value["jobs"])
 
 
-def _one_job(store: Store, job: JobRow, format: Format) -> None:
-    steps = steps_view(job, store.finished_steps())
-    events = [event_view(event) for event in store.events(job.id)]
-    (view,) = _views(store, [job])
-    value = {**view, "steps": steps, "events": events}
-
-    def table(out: Console) -> None:
-        out.print(grid(JOB_COLUMNS, [_cells(view)], right=FIGURES))
-        out.print()
-        out.print(grid(("step", "done"), [(step["words"], "yes" if step["done"] else "") for step in steps]))
-        out.print()
-        _print_lines(out, events)
-
-    emit(value, format, table)
+def _print_job(out: Console, job: Value) -> None:
+    out.print(grid(JOB_COLUMNS, [_cells(job)], right=FIGURES))
+    out.print()
+    done = [(step["words"], "yes" if step["done"] else "") for step in job["steps"]]
+    out.print(grid(("step", "done"), done))
+    out.print()
+    _print_lines(out, job["events"])
 
 
-def _one_run(store: Store, jobs: Sequence[JobRow], home: Home, format: Format) -> None:
-    run = store.run(jobs[0].run)
-    found = outcome(store, jobs)
-    views = _views(store, jobs)
-    value = {**run_view(run), "jobs": views, "outcome": found.to_json()}
-
-    def table(out: Console) -> None:
-        out.print(f"{run.id} {run.status}, submitted {moment(run.submitted_at)}")
-        _print_jobs(out, views, home)
-        show_outcome(out, jobs, found, home)
-
-    emit(value, format, table)
+def _print_run(out: Console, run: Value, service: Service) -> None:
+    out.print(f"{run['id']} {run['status']}, submitted {moment(run['submitted_at'])}")
+    _print_jobs(out, run["jobs"], service)
+    show_outcome(out, run["jobs"], read_outcome(run["outcome"]), service.flag)
 
 
 # ---- logs -----------------------------------------------------------------------------------------------
 
 
-def logs(parts: Parts, home: Home, reference: str, follow: bool, format: Format) -> int:
+def logs(service: Service, reference: str, follow: bool, format: Format) -> int:
     """What happened to a job, and its curve, in order of time; with `follow` until it has finished."""
-    with ExitStack() as stack:
-        store = open_store(parts, home, stack)
-        job = find_job(store, reference)
-        if not follow:
-            lines, _ = _lines(store, job.id, (0, -1))
-            emit(lines, format, lambda out: _print_lines(out, lines))
-        else:
-            _follow(store, job.id, format)
-        return exit_code([store.job(job.id)])
+    found = service.lines(reference)
+    if not follow:
+        emit(found["lines"], format, lambda out: _print_lines(out, found["lines"]))
+        return exit_code([found["job"]])
+    return exit_code([_follow(service, found, format)])
 
 
-def _follow(store: Store, job: str, format: Format) -> None:
-    """Print what comes until the job has finished; as JSON, one object a line."""
-    seen, finished = (0, -1), False
-    while not finished:
-        finished = store.job(job).status.finished
-        lines, seen = _lines(store, job, seen)
+def _follow(service: Service, found: Value, format: Format) -> Value:
+    """Print what comes until the job has finished; as JSON, one object a line. The job as it is then."""
+    while True:
+        lines = found["lines"]
         if format is Format.json:
             print("".join(json.dumps(line) + "\n" for line in lines), end="", flush=True)
         elif lines:
             emit(lines, format, lambda out, lines=lines: _print_lines(out, lines))
-        if not finished:
-            time.sleep(FOLLOW_SECONDS)
-
-
-def _lines(store: Store, job: str, seen: tuple[int, int]) -> tuple[list[dict[str, Any]], tuple[int, int]]:
-    """Lines beyond the last event and the last step seen, and the new last ones."""
-    events = [event for event in store.events(job) if event.id > seen[0]]
-    points = store.metrics(job, seen[1])
-    lines = [event_view(event) for event in events] + [metric_view(point) for point in points]
-    last = (max((e.id for e in events), default=seen[0]), max((p.step for p in points), default=seen[1]))
-    return sorted(lines, key=lambda line: line["at"]), last
+        if found["job"]["status"] in FINISHED:
+            return found["job"]
+        time.sleep(FOLLOW_SECONDS)
+        first, second = found["seen"] or NOTHING_SEEN
+        found = service.lines(found["job"]["id"], (first, second))
 
 
 def _print_lines(out: Console, lines: Iterable[dict[str, Any]]) -> None:

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator.commands.home import Home
-from orchestrator.commands.outcome import Made, Outcome, Score
+from orchestrator.api import errors
+from orchestrator.api.outcome import Made, Outcome, Score
+from orchestrator.api.service import Value
 from orchestrator.commands.output import figure, grid
-from orchestrator.control.submission import read_order
-from orchestrator.store.rows import JobRow
+from orchestrator.job import Reason, Status
 
 SCORE_COLUMNS = ("task", "metric", "base", "adapter", "fused", "retention")
 
 
-def show_outcome(out: Console, jobs: Sequence[JobRow], found: Outcome, home: Home) -> None:
-    """Print what the jobs have made so far."""
+def show_outcome(out: Console, jobs: Sequence[Value], found: Outcome, flag: str) -> None:
+    """Print what the jobs have made so far. `flag` names the place to a command."""
     made = {version.job: version for version in found.versions}
     out.print()
     for job in jobs:
-        out.print(_made_line(job, made.get(job.name)), soft_wrap=True)
+        out.print(_made_line(job, made.get(job["name"])), soft_wrap=True)
     if found.scores:
         out.print()
         out.print(score_table(found.scores))
@@ -33,7 +33,7 @@ def show_outcome(out: Console, jobs: Sequence[JobRow], found: Outcome, home: Hom
         kind = "merged model" if release.merged else "adapter"
         out.print(f"release: {kind} {release.name} in {_near(release.out_dir)}", soft_wrap=True)
     if found.versions:
-        out.print(f"to open MLflow: {_command()} ui{home.flag()}", soft_wrap=True)
+        out.print(f"to open MLflow: {_command()} ui{flag}", soft_wrap=True)
 
 
 def score_table(scores: Sequence[Score]) -> Table:
@@ -62,25 +62,22 @@ def percent(share: float | None) -> str:
     return f"{share:.0%}" if math.isfinite(share) else "-"
 
 
-def _made_line(job: JobRow, made: Made | None) -> str:
-    what = f"{job.name}: {_how(job)}"
+def exit_code(jobs: Iterable[Value]) -> int:
+    """Of a run's jobs. Those that failed only because another did, or was cancelled, do not count."""
+    statuses = {Status(job["status"]) for job in jobs if job["reason"] != Reason.PARENT_FAILED}
+    if any(not status.finished for status in statuses):
+        return errors.UNFINISHED
+    if Status.FAILED in statuses:
+        return errors.FAILED
+    return errors.CANCELLED if Status.CANCELLED in statuses else errors.OK
+
+
+def _made_line(job: Value, made: Made | None) -> str:
+    what = f"{job['name']}: {job['about']}"
     if made is None:
-        return f"{what}, {job.status}"
+        return f"{what}, {job['status']}"
     champion = ", champion" if made.champion else ""
     return f"{what} -> {made.name}/{made.version}{champion}"
-
-
-def _how(job: JobRow) -> str:
-    planned = read_order(job.plan).job
-    if job.kind == "fuse":
-        return f"fused from {', '.join(planned.depends_on) or 'registered adapters'}"
-    estimate = planned.estimate
-    if estimate is None:
-        return "trained"
-    return (
-        f"trained {estimate.num_steps} steps on {estimate.train_rows:,} rows, "
-        f"{estimate.adapter_parameters:,} parameters"
-    )
 
 
 def _near(folder: str) -> str:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from orchestrator.commands.home import Home
+from orchestrator.home import Home
 
 if TYPE_CHECKING:
     from orchestrator.contracts import Cluster, Registry

@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from orchestrator.commands.views import STAGES
+from orchestrator.api.views import STAGES, why
 from orchestrator.control.submission import Order, read_order
-from orchestrator.job import REASONS, Status
+from orchestrator.job import Status
 from orchestrator.store.rows import JobRow
 from orchestrator.store.store import Store
 
@@ -77,9 +77,3 @@ class RunProgress:
         if job.num_steps is None or job.step <= first:
             return None
         return (job.num_steps - job.step) * (now - began) / (job.step - first)
-
-
-def why(job: JobRow) -> str:
-    """Why a job is where it is, in words."""
-    words = REASONS[job.reason].words
-    return f"{words}: {job.message}" if job.message else words

@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.commands.options import DEFAULT_HOME, HomeFolder, Output, StoreUrl, home_of, leave
+from orchestrator.commands.options import (
+    DEFAULT_HOME,
+    HomeFolder,
+    Output,
+    ServerUrl,
+    StoreUrl,
+    leave,
+    reached,
+)
 from orchestrator.commands.output import Format, console
 
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="A job's id or name.")]
@@ -20,12 +28,14 @@ def ps(
     ] = False,
     home: HomeFolder = DEFAULT_HOME,
     store: StoreUrl = None,
+    server: ServerUrl = None,
     output: Output = Format.table,
 ) -> None:
     """List jobs."""
     from orchestrator.commands.jobs import ps as body
 
-    body(ctx.obj, home_of(home, store), everything, output)
+    with reached(ctx, home, store, server) as service:
+        body(service, everything, output)
 
 
 def status(
@@ -33,12 +43,15 @@ def status(
     reference: JobOrRun,
     home: HomeFolder = DEFAULT_HOME,
     store: StoreUrl = None,
+    server: ServerUrl = None,
     output: Output = Format.table,
 ) -> None:
     """Show one job or run; exits with 0, 100 (failed), 101 (not finished) or 103 (cancelled)."""
     from orchestrator.commands.jobs import status as body
 
-    leave(body(ctx.obj, home_of(home, store), reference, output))
+    with reached(ctx, home, store, server) as service:
+        code = body(service, reference, output)
+    leave(code)
 
 
 def logs(
@@ -47,12 +60,15 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job has finished.")] = False,
     home: HomeFolder = DEFAULT_HOME,
     store: StoreUrl = None,
+    server: ServerUrl = None,
     output: Output = Format.table,
 ) -> None:
     """Show what happened to a job, and its steps; exits as `status` does."""
     from orchestrator.commands.jobs import logs as body
 
-    leave(body(ctx.obj, home_of(home, store), job, follow, output))
+    with reached(ctx, home, store, server) as service:
+        code = body(service, job, follow, output)
+    leave(code)
 
 
 def explain(
@@ -60,12 +76,14 @@ def explain(
     job: JobName,
     home: HomeFolder = DEFAULT_HOME,
     store: StoreUrl = None,
+    server: ServerUrl = None,
     output: Output = Format.table,
 ) -> None:
     """Say why a job waits, who goes first, and what would have to be freed."""
     from orchestrator.commands.explaining import explain as body
 
-    body(ctx.obj, home_of(home, store), job, output)
+    with reached(ctx, home, store, server) as service:
+        body(service, job, output)
 
 
 def events(
@@ -73,63 +91,84 @@ def events(
     job: JobName,
     home: HomeFolder = DEFAULT_HOME,
     store: StoreUrl = None,
+    server: ServerUrl = None,
     output: Output = Format.table,
 ) -> None:
     """Show every change of a job's status: who, when, from, to, why."""
     from orchestrator.commands.looking import events as body
 
-    body(ctx.obj, home_of(home, store), job, output)
+    with reached(ctx, home, store, server) as service:
+        body(service, job, output)
 
 
 def hosts(
     ctx: typer.Context,
     home: HomeFolder = DEFAULT_HOME,
     store: StoreUrl = None,
+    server: ServerUrl = None,
     output: Output = Format.table,
 ) -> None:
     """List the hosts at work, and who sits there."""
     from orchestrator.commands.looking import hosts as body
 
-    body(ctx.obj, home_of(home, store), output)
+    with reached(ctx, home, store, server) as service:
+        body(service, output)
 
 
 def teams(
     ctx: typer.Context,
     home: HomeFolder = DEFAULT_HOME,
     store: StoreUrl = None,
+    server: ServerUrl = None,
     output: Output = Format.table,
 ) -> None:
     """List teams with unfinished jobs, and their shares."""
     from orchestrator.commands.looking import team_table as body
 
-    body(ctx.obj, home_of(home, store), output)
+    with reached(ctx, home, store, server) as service:
+        body(service, output)
 
 
 def cancel(
-    ctx: typer.Context, reference: JobOrRun, home: HomeFolder = DEFAULT_HOME, store: StoreUrl = None
+    ctx: typer.Context,
+    reference: JobOrRun,
+    home: HomeFolder = DEFAULT_HOME,
+    store: StoreUrl = None,
+    server: ServerUrl = None,
 ) -> None:
     """Cancel a job, or all jobs of a run."""
     from orchestrator.commands.asking import ask
 
-    ask(ctx.obj, home_of(home, store), "cancel", reference, console())
+    with reached(ctx, home, store, server) as service:
+        ask(service, "cancel", reference, console())
 
 
 def pause(
-    ctx: typer.Context, reference: JobOrRun, home: HomeFolder = DEFAULT_HOME, store: StoreUrl = None
+    ctx: typer.Context,
+    reference: JobOrRun,
+    home: HomeFolder = DEFAULT_HOME,
+    store: StoreUrl = None,
+    server: ServerUrl = None,
 ) -> None:
     """Take a job, or all jobs of a run, off their hosts after saving them."""
     from orchestrator.commands.asking import ask
 
-    ask(ctx.obj, home_of(home, store), "pause", reference, console())
+    with reached(ctx, home, store, server) as service:
+        ask(service, "pause", reference, console())
 
 
 def resume(
-    ctx: typer.Context, reference: JobOrRun, home: HomeFolder = DEFAULT_HOME, store: StoreUrl = None
+    ctx: typer.Context,
+    reference: JobOrRun,
+    home: HomeFolder = DEFAULT_HOME,
+    store: StoreUrl = None,
+    server: ServerUrl = None,
 ) -> None:
     """Let what was paused go on."""
     from orchestrator.commands.asking import ask
 
-    ask(ctx.obj, home_of(home, store), "resume", reference, console())
+    with reached(ctx, home, store, server) as service:
+        ask(service, "resume", reference, console())
 
 
 def priority(
@@ -138,8 +177,11 @@ def priority(
     value: Annotated[str, typer.Argument(help="low, normal, high, or 0 to 100.")],
     home: HomeFolder = DEFAULT_HOME,
     store: StoreUrl = None,
+    server: ServerUrl = None,
 ) -> None:
     """Give a job, or all jobs of a run, another priority."""
-    from orchestrator.commands.asking import ask, priority_of
+    from orchestrator.api.changes import priority_of
+    from orchestrator.commands.asking import ask
 
-    ask(ctx.obj, home_of(home, store), "priority", reference, console(), priority_of(value))
+    with reached(ctx, home, store, server) as service:
+        ask(service, "priority", reference, console(), priority_of(value))

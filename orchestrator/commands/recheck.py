@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from orchestrator import judgement
-from orchestrator.commands.errors import Refused
+from orchestrator.api.errors import Refused
 from orchestrator.contracts import AdapterVersion, NoSuchVersion, Registry, Scores
 from orchestrator.gate import Verdict
 from orchestrator.judgement import Conditions, Evidence, read_conditions

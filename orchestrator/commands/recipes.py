@@ -10,12 +10,12 @@ from typing import Any
 
 from rich.console import Console
 
-from orchestrator.commands.home import Home
+from orchestrator.api.planning import adapter_digests
+from orchestrator.api.token_count import tokens_to_train
+from orchestrator.api.views import STAGES
 from orchestrator.commands.output import Format, emit, grid, megabytes
 from orchestrator.commands.parts import Parts
-from orchestrator.commands.planning import adapter_digests
-from orchestrator.commands.token_count import tokens_to_train
-from orchestrator.commands.views import STAGES
+from orchestrator.home import Home
 from orchestrator.plan.plan import make_plan
 from orchestrator.plan.steps import Plan, PlannedJob
 from orchestrator.recipe.pipeline import LoadedPipeline, json_schema, load_pipeline

@@ -1,4 +1,4 @@
-"""Commands on versions of adapters: `promote`, `rollback`, `fuse`, `release`."""
+"""Commands on versions of adapters and on releases: `promote`, `rollback`, `fuse`, `release`, `verify`."""
 
 from __future__ import annotations
 
@@ -92,3 +92,13 @@ def release(
     from orchestrator.commands.export import release as body
 
     body(ctx.obj, home_of(home, store), ReleaseOptions(reference, out, merged, base, repair, key), console())
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A folder that `release` wrote.")],
+    key: Annotated[Path | None, typer.Option(help="Public key in PEM: check the signature too.")] = None,
+) -> None:
+    """Check a release against its manifest, and its signature; exits with 3 and names what was altered."""
+    from orchestrator.commands.export import verify as body
+
+    body(folder, key, console())

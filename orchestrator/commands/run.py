@@ -17,20 +17,23 @@ from pathlib import Path
 
 from rich.console import Console
 
-from orchestrator.commands import errors
-from orchestrator.commands.home import Home, HomeBusy
+from orchestrator.api import errors
+from orchestrator.api.outcome import outcome
+from orchestrator.api.planning import releases
+from orchestrator.api.service import user
+from orchestrator.api.submitting import Submitted, plan_of, put
+from orchestrator.api.views import job_view, why
 from orchestrator.commands.leftovers import remove_unpublished
 from orchestrator.commands.live_table import watching
-from orchestrator.commands.outcome import outcome
-from orchestrator.commands.outcome_table import show_outcome
+from orchestrator.commands.outcome_table import exit_code, show_outcome
 from orchestrator.commands.output import console
 from orchestrator.commands.parts import ClusterChoice, Parts
-from orchestrator.commands.planning import releases
-from orchestrator.commands.progress import RunProgress, why
-from orchestrator.commands.submit import Submitted, plan_of, put, told_of_a_full_disk
+from orchestrator.commands.progress import RunProgress
+from orchestrator.commands.submit import told_of_a_full_disk
 from orchestrator.commands.working import work
 from orchestrator.control.submission import read_order
-from orchestrator.job import Reason, Status
+from orchestrator.home import Home, HomeBusy
+from orchestrator.job import Status
 from orchestrator.recipe.pipeline import load_pipeline
 from orchestrator.store.rows import JobRow
 from orchestrator.store.store import Store
@@ -61,8 +64,8 @@ def run(parts: Parts, options: RunOptions) -> int:
         out.print(f"note: {notice}", soft_wrap=True)
     with told_of_a_full_disk(options.home, _same_again(options)), ExitStack() as stack:
         store = stack.enter_context(parts.store(options.home))
-        plan, digests = plan_of(parts, options.home, pipeline, stack, options.cluster.local)
-        submitted = put(store, plan, digests)
+        plan, digests = plan_of(pipeline, lambda: parts.registry(options.home), stack, options.cluster.local)
+        submitted = put(store, plan, digests, user())
         if submitted.nothing_to_do:
             out.print(f"nothing to do: every step of {plan.name} is done")
             return _conclude(store, submitted.run, options, out)
@@ -127,21 +130,12 @@ def _watch(store: Store, run: str, home: Home, out: Console) -> None:
 
 def _conclude(store: Store, run_id: str, options: RunOptions, out: Console) -> int:
     jobs = store.jobs(run_id)
-    show_outcome(out, jobs, outcome(store, jobs), options.home)
+    views = [job_view(job) for job in jobs]
+    show_outcome(out, views, outcome(store, jobs), options.home.flag())
     for job in jobs:
         if job.status is not Status.SUCCEEDED:
             out.print(f"{job.name} {job.status}: {why(job)}", soft_wrap=True)
-    return exit_code(jobs)
-
-
-def exit_code(jobs: Sequence[JobRow]) -> int:
-    """Of a run's jobs. Those that failed only because another did, or was cancelled, do not count."""
-    statuses = {job.status for job in jobs if job.reason is not Reason.PARENT_FAILED}
-    if any(not status.finished for status in statuses):
-        return errors.UNFINISHED
-    if Status.FAILED in statuses:
-        return errors.FAILED
-    return errors.CANCELLED if Status.CANCELLED in statuses else errors.OK
+    return exit_code(views)
 
 
 # ---- in the background ----------------------------------------------------------------------------------

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.commands.options import DEFAULT_HOME, HomeFolder, Output, StoreUrl, home_of, leave
+from orchestrator.commands.options import (
+    DEFAULT_HOME,
+    HomeFolder,
+    Output,
+    ServerUrl,
+    StoreUrl,
+    home_of,
+    leave,
+    reached,
+)
 from orchestrator.commands.output import Format, console
 from orchestrator.commands.parts import ClusterChoice
 
@@ -55,12 +64,17 @@ def submit(
     ] = None,
     home: HomeFolder = DEFAULT_HOME,
     store: StoreUrl = None,
+    server: ServerUrl = None,
     output: Output = Format.table,
 ) -> None:
     """Put FILE's jobs into the queue and return; `serve` or any `run` does them."""
     from orchestrator.commands.submit import submit as body
+    from orchestrator.commands.submit import told_of_a_full_disk
 
-    body(ctx.obj, home_of(home, store), file, key, output)
+    place = home_of(home, store)
+    again = f"chorus submit {file}{f' --key {key}' if key else ''}{place.flag()}"
+    with told_of_a_full_disk(place, again), reached(ctx, home, store, server) as service:
+        body(service, file, key, output)
 
 
 def serve(

@@ -6,13 +6,13 @@ from contextlib import ExitStack
 
 from rich.console import Console
 
-from orchestrator.commands import errors
-from orchestrator.commands.home import Home
+from orchestrator.api import errors
+from orchestrator.api.planning import releases_of
 from orchestrator.commands.leftovers import remove_unpublished
 from orchestrator.commands.parts import ClusterChoice, Parts
-from orchestrator.commands.planning import releases_of
 from orchestrator.commands.submit import told_of_a_full_disk
 from orchestrator.commands.working import work
+from orchestrator.home import Home
 
 
 def serve(parts: Parts, home: Home, choice: ClusterChoice, out: Console) -> int:

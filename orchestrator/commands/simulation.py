@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from orchestrator.commands.home import Home
 from orchestrator.commands.output import Format, duration, emit, grid
 from orchestrator.commands.parts import Parts
+from orchestrator.home import Home
 from orchestrator.recipe.teams import load_policy
 from orchestrator.simulate.event_log import read_events
 from orchestrator.simulate.picture import write_picture

@@ -1,4 +1,4 @@
-"""Commands about the place of work: `ui`, `doctor`, `simulate`."""
+"""Commands about the place of work: `ui`, `api`, `token`, `doctor`, `simulate`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.commands.options import DEFAULT_HOME, HomeFolder, Output, home_of, leave
+from orchestrator.commands.options import DEFAULT_HOME, HomeFolder, Output, StoreUrl, home_of, leave
 from orchestrator.commands.output import Format, console, emit
 
 
@@ -19,6 +19,29 @@ def ui(
     from orchestrator.commands.ui import ui as body
 
     body(home_of(home), port, console())
+
+
+def api(
+    ctx: typer.Context,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8430,
+    home: HomeFolder = DEFAULT_HOME,
+    store: StoreUrl = None,
+) -> None:
+    """Let others submit, look and change over HTTP, until Ctrl-C; `serve` or `run` does the work."""
+    from orchestrator.commands.api import api as body
+
+    leave(body(ctx.obj, home_of(home, store), host, port, console()))
+
+
+def token(
+    name: Annotated[str, typer.Argument(help="Whose; it stands in the events of what they change.")],
+    home: HomeFolder = DEFAULT_HOME,
+) -> None:
+    """Make NAME's token for `chorus api`, and print it this once; an older one of NAME holds no more."""
+    from orchestrator.api.tokens import grant
+
+    print(grant(home.absolute(), name))
 
 
 def doctor(home: HomeFolder = DEFAULT_HOME, output: Output = Format.table) -> None:

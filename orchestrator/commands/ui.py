@@ -6,7 +6,7 @@ import threading
 
 from rich.console import Console
 
-from orchestrator.commands.home import Home
+from orchestrator.home import Home
 from orchestrator.registry import server as tracking_server
 
 

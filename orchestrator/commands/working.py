@@ -10,10 +10,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from orchestrator.commands.home import Home
 from orchestrator.commands.parts import ClusterChoice, Parts
 from orchestrator.contracts import Cluster
 from orchestrator.control.controller import Controller
+from orchestrator.home import Home
 from orchestrator.store.store import Store
 
 STORE_PATIENCE = 600.0

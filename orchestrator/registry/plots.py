@@ -37,15 +37,28 @@ def metric_bars(score: Scores, base: Scores | None) -> Figure:
     metrics = score.report.metrics
     columns = min(COLUMNS, max(1, len(metrics)))
     rows = -(-max(1, len(metrics)) // columns)
-    figure = Figure(figsize=(2.5 * columns + 0.5, 2.5 * rows + 0.7), layout="constrained")
+    width, height = 2.5 * columns + 0.5, 2.5 * rows + 0.7
+    figure = Figure(figsize=(width, height))
     title = f"{_drawable(score.task, 'task')}: {score.report.rows} rows of {_drawable(score.dataset, 'data')}"
     figure.suptitle(title, color=INK, fontsize=11)
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    panels = list(figure.subplots(rows, columns, squeeze=False, gridspec_kw=_margins(width, height)).flat)
     for panel, (name, value) in zip(panels, metrics.items(), strict=False):
         _panel(panel, name, value, None if base is None else base.report.metrics.get(name))
     for panel in panels[len(metrics) :]:
         panel.set_visible(False)
     return figure
+
+
+def _margins(width: float, height: float) -> dict[str, float]:
+    """Room for titles and numbers, in inches: matplotlib's own layouts draw everything twice to find it."""
+    return {
+        "left": 0.6 / width,
+        "right": 1 - 0.15 / width,
+        "bottom": 0.35 / height,
+        "top": 1 - 0.75 / height,
+        "wspace": 0.4,
+        "hspace": 0.35,
+    }
 
 
 def _panel(panel: Axes, name: str, value: float, base: float | None) -> None:
@@ -56,7 +69,7 @@ def _panel(panel: Axes, name: str, value: float, base: float | None) -> None:
     drawable = [height if math.isfinite(height) else 0.0 for height in heights]
     drawn = panel.bar(labels, drawable, color=colours, width=0.6)
     panel.bar_label(drawn, [f"{height:.3g}" for height in heights], padding=2, color=INK, fontsize=9)
-    panel.set_title(name, color=INK, fontsize=10)
+    panel.set_title(name, color=INK, fontsize=10, y=1.02)  # given a place, it looks for none
     panel.set_xlim(-0.8, len(bars) - 0.2)
     if all(0 <= height <= BOUNDED for height in drawable):
         panel.set_ylim(0, 1.15)

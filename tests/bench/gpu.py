@@ -38,13 +38,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from tests.bench.measure import PARITY, Setting, largest_gap
 from tests.bench.record import Bars, Lines, Machine, Outcome, Table, Target, write
 from tests.bench.rounds import Spread, System, interleaved, spread
-from tests.bench.systems import BaseAlone, PeftLoop, Residents, device, refuse_stopped
+from tests.bench.systems import BaseAlone, PeftLoop, Residents, device
 from tests.bench.workload import Point, base_spec, make_jobs
 from tests.models import byte_tokenizer
 from tests.numerics.pair import free_port
 from workers.data import encode_all
 from workers.ranks import Ranks, connect
-from workers.types import Attach, BaseSpec
+from workers.types import BaseSpec
 
 RESULTS = Path(__file__).parent / "results"
 LORAFUSION = 14_400
@@ -213,7 +213,7 @@ def offload(run: Run) -> Outcome:
         host = Residents(base, (), run.ranks)
         for count in counts:
             for job in jobs[len(host.host.residents) : count]:
-                refuse_stopped(host.host.apply(Attach(job)))
+                host.attach(job)
             speeds[count] = _timed(run, System("host", host.steps, count, count), count * point.tokens)
     first = speeds[counts[0]].median
     rows = [[n, speed, f"{speed.median / first:.2f}"] for n, speed in speeds.items()]

@@ -19,11 +19,11 @@ from pathlib import Path
 import yaml
 from mlflow.tracking import MlflowClient
 
-from orchestrator.commands.home import Home
 from orchestrator.commands.parts import ClusterChoice
 from orchestrator.contracts import Cluster, Registry
 from orchestrator.control.controller import Controller
 from orchestrator.control.submission import new_run
+from orchestrator.home import Home
 from orchestrator.job import Status
 from orchestrator.main import open_cluster, open_registry, open_store
 from orchestrator.plan.plan import make_plan

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.rounds import Seconds, System, interleaved
-from tests.bench.systems import BaseAlone, PeftLoop, Residents, refuse_stopped
+from tests.bench.systems import BaseAlone, PeftLoop, Residents
 from tests.bench.workload import PERSISTENT, Point, base_folder, base_spec, make_jobs
 from tests.numerics.jobs import distance
 from tests.numerics.pair import two_ranks
 from workers.adapter import Adapter, read_adapter
 from workers.data import encode_all
 from workers.ranks import Ranks
-from workers.types import Attach, BaseSpec, Event, JobSpec, TrainingFinished
+from workers.types import BaseSpec, Event, JobSpec, TrainingFinished
 
 TOGETHER, ALONE, PEFT, LIMIT = "together", "one resident", "PEFT", "base alone"
 SYSTEMS = (TOGETHER, ALONE, PEFT, LIMIT)
@@ -113,7 +113,7 @@ def _gap(ranks: Ranks, base: BaseSpec, jobs: Sequence[JobSpec]) -> float:
         assert distance(together[job.job].factors, firsts[job.job].factors) > 100 * PARITY, (
             "nothing was trained"
         )
-        refuse_stopped(host.host.apply(Attach(job)))
+        host.attach(job)
         alone = _adapters(host.train())[job.job].factors
         loop = PeftLoop(base, job, ranks, firsts[job.job])
         loop.steps(CHECK_STEPS)
@@ -125,7 +125,7 @@ def _gap(ranks: Ranks, base: BaseSpec, jobs: Sequence[JobSpec]) -> float:
 def first_adapter(host: Residents, job: JobSpec) -> Adapter:
     """What a host starts the job with: its adapter after one step of learning rate 0."""
     still = replace(job.training, learning_rate=0.0, max_steps=1)
-    refuse_stopped(host.host.apply(Attach(replace(job, training=still))))
+    host.attach(replace(job, training=still))
     return _adapters(host.train())[job.job]
 
 

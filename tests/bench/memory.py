@@ -16,10 +16,10 @@ from torch import Tensor
 
 from tests.bench.measure import Setting
 from tests.bench.record import Bars, Outcome, Table, Target
-from tests.bench.systems import Residents, refuse_stopped
+from tests.bench.systems import Residents
 from tests.bench.workload import Point, make_jobs
 from workers.ranks import Ranks
-from workers.types import Attach, Attached, BaseSpec, JobSpec
+from workers.types import Attached, BaseSpec, JobSpec
 
 BYTES_PER_WEIGHT = 4 * 4
 """float32: the weight, its gradient, and AdamW's two moments."""
@@ -88,8 +88,7 @@ def _grow(base: BaseSpec, jobs: Sequence[JobSpec], counts: Sequence[int]) -> tup
     held, trainable = [], 0
     for count in counts:
         while len(jobs) - len(left) < count:
-            events = residents.host.apply(Attach(left.pop(0)))
-            refuse_stopped(events)
+            events = residents.attach(left.pop(0))
             trainable = next(e.trainable_parameters for e in events if isinstance(e, Attached))
         residents.steps(3 * count)
         held.append(Held(count, _live_bytes(), _resident_set(), _saved_bytes(residents, count)))

@@ -29,7 +29,7 @@ from workers.adapter import Adapter, write_adapter
 from workers.export import export
 from workers.manifest import file_digest, publish_folder
 from workers.merge import INDEX, weight_map
-from workers.shards import Entry, write_shard
+from workers.shards import Block, Entry, write_shard
 from workers.types import ExportTask
 
 PIECE = 1 << 24
@@ -90,15 +90,14 @@ def write_base(folder: Path, config: LlamaConfig, file_bytes: int) -> dict[str, 
     config.save_pretrained(folder)
     row = (0.02 * torch.randn(PIECE, generator=torch.Generator().manual_seed(0))).bfloat16()
 
-    def random_tensor(name: str) -> torch.Tensor:
-        size = entries[name].nbytes // 2
-        start = hash_of(name) % 4096
-        return row.repeat(size // PIECE + 2)[start : start + size].view(entries[name].shape)
+    def fill(block: Block, into: torch.Tensor) -> None:
+        begin = (hash_of(block.name) + block.start) % PIECE
+        into.copy_(torch.cat([row[begin:], row[:begin]])[: block.elements])
 
     placed: dict[str, str] = {}
     for number, part in enumerate(files, 1):
         path = folder / f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        write_shard(path, part, random_tensor)
+        write_shard(path, part, fill)
         placed |= dict.fromkeys(part, path.name)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": placed}))
     return entries

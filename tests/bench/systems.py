@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from workers import head
-from workers.adapter import PREFIX, Adapter
+from workers.adapter import Adapter
 from workers.data import encode_all
+from workers.factor_file import PREFIX
 from workers.host import Host
 from workers.order import batch_samples
 from workers.ranks import Ranks
@@ -36,7 +37,15 @@ class Residents:
     def __init__(self, base: BaseSpec, jobs: Sequence[JobSpec], ranks: Ranks) -> None:
         self.host = Host.load(base, ranks)
         for job in jobs:
-            refuse_stopped(self.host.apply(Attach(job)))
+            self.attach(job)
+
+    def attach(self, job: JobSpec) -> list[Event]:
+        """Returns when the job is resident, with what was told."""
+        events = self.host.apply(Attach(job))
+        while self.host.joining:
+            events += self.host.take_in(60.0)
+        refuse_stopped(events)
+        return events
 
     def steps(self, count: int) -> None:
         """Ticks until the residents have done `count` steps, all of them together."""

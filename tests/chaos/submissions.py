@@ -1,7 +1,8 @@
 """Submissions while commands, the controller and the store's server are killed: none lost, none doubled.
 
 A client gives `chorus submit FILE --key TOKEN` until it is acknowledged (exit code 0), as one does who lost
-the answer; now and then it gives one again that was acknowledged. A controller (`chorus serve`, its hosts in
+the answer; now and then it gives one again that was acknowledged. Every other time it goes to a `chorus api`
+rather than to the home, which is killed as well. A controller (`chorus serve`, its hosts in
 its own process) trains and registers meanwhile, against a real MLflow server.
 """
 
@@ -11,6 +12,7 @@ import json
 import os
 import random
 import signal
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,11 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from orchestrator.api import tokens
+from orchestrator.api.client import TOKEN_VARIABLE
+from orchestrator.commands.api import api
 from orchestrator.commands.cli import app
-from orchestrator.commands.home import Home
 from orchestrator.commands.output import console
 from orchestrator.commands.parts import ClusterChoice
 from orchestrator.commands.serve import serve
+from orchestrator.home import Home
 from orchestrator.job import Status
 from orchestrator.main import real_parts
 from orchestrator.registry import server as tracking_server
@@ -45,7 +50,9 @@ LONGEST_SUBMIT = 0.8
 """Seconds: a command is killed up to so long after its start, most within their own."""
 CONTROLLER_LIVES = (4.0, 45.0)
 """Seconds; the first two or so go by before it works, and a host's eight jobs take some twenty to finish."""
-KILLED = ("submit", "controller", "store server")
+API_LIVES = (2.0, 20.0)
+"""Seconds; it answers after one."""
+KILLED = ("submit", "controller", "api", "store server")
 KILLED_COMMANDS = 0.35
 """Share of commands that are given a moment to die at; many have ended by then."""
 
@@ -76,10 +83,14 @@ class Chaos:
     lives: tuple[float, float] = CONTROLLER_LIVES
     controller: int | None = None
     controller_dies_at: float = 0.0
+    api: int | None = None
+    api_dies_at: float = 0.0
 
     def __post_init__(self) -> None:
         self.url = self.server.new_database()
         self.home = Home(self.folder / "home", self.url)
+        self.port = free_port()
+        self.secret = tokens.grant(self.home.folder, "client")
         self.waiting = [f"token-{number:04d}" for number in range(self.count)]
         make_base(self.folder / "bases" / "tiny")
         write_yaml(self.folder / "bases" / "tiny.yaml", {"model": "tiny", "tokens_per_tick": 512})
@@ -100,6 +111,7 @@ class Chaos:
                 self.give(self.waiting.pop(), now)
             self.hear(now)
             self.tend_controller(now)
+            self.tend_api(now)
             if len(self.acknowledged) >= due:
                 due += store_every
                 self.server.kill()
@@ -110,6 +122,7 @@ class Chaos:
     def finish(self, succeeded: int) -> None:
         """Let one controller work until so many jobs have succeeded; the others are cancelled, by request."""
         self.end_controller()
+        self.end_api()
         self.lives = (PATIENCE, PATIENCE)
         with closing(Store(self.url)) as store:
             self.work_until(lambda: self.count_of(store, Status.SUCCEEDED) >= succeeded)
@@ -132,7 +145,11 @@ class Chaos:
     def give(self, token: str, now: float) -> None:
         out = self.folder / f"{token}.out"
         words = ["submit", str(self.folder / f"{token}.yaml"), "--key", token, "-o", "json"]
-        words += ["--home", str(self.home.folder), "--store", self.url]
+        if self.chance.random() < 0.5:
+            words += ["--server", f"http://127.0.0.1:{self.port}"]
+        else:
+            words += ["--home", str(self.home.folder), "--store", self.url]
+        os.environ[TOKEN_VARIABLE] = self.secret
         process = forked(lambda: app(words, prog_name="chorus", obj=real_parts()), out)
         self.commands += 1
         lives = self.chance.uniform(0, LONGEST_SUBMIT) if self.chance.random() < KILLED_COMMANDS else 1e9
@@ -170,6 +187,25 @@ class Chaos:
             self.controller = forked(lambda: serve(real_parts(), self.home, here, console()), out)
             self.controller_dies_at = now + self.chance.uniform(*self.lives)
 
+    def tend_api(self, now: float) -> None:
+        if self.api is not None and now >= self.api_dies_at:
+            os.kill(self.api, signal.SIGKILL)
+        if self.api is not None and (code := ended(self.api)) is not None:
+            self.kills["api" if code == -signal.SIGKILL else f"api ended with {code}"] += 1
+            self.api = None
+        if self.api is None:
+            out = self.folder / "api.out"
+            self.api = forked(lambda: api(real_parts(), self.home, "127.0.0.1", self.port, console()), out)
+            self.api_dies_at = now + self.chance.uniform(*API_LIVES)
+
+    def end_api(self) -> None:
+        if self.api is not None:
+            with suppress(ProcessLookupError):
+                os.kill(self.api, signal.SIGKILL)
+            os.waitpid(self.api, 0)
+            self.kills["api"] += 1
+            self.api = None
+
     def end_controller(self) -> None:
         if self.controller is not None:
             with suppress(ProcessLookupError):
@@ -201,6 +237,11 @@ class Chaos:
             "failed": [f"{job.reason}: {job.message}" for job in jobs if job.status is Status.FAILED],
             "attempts": sum(job.attempt for job in jobs),
         }
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
 
 
 def whole(history: list[Any]) -> bool:

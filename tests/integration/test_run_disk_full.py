@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.commands.errors import INTERNAL, UNREACHABLE
+from orchestrator.api.errors import INTERNAL, UNREACHABLE
 from orchestrator.job import Reason
 from orchestrator.store.store import Store
 from tests.integration.test_run_killed import PATIENCE, World, assert_whole, left_behind, make_world

@@ -16,9 +16,10 @@ from transformers.optimization import get_scheduler
 from tests.models import write_rows
 from tests.numerics.jobs import attach, headline_rows, run
 from tests.numerics.reference import DTYPES, Trained, _get_factors
-from workers.adapter import PREFIX, Adapter, read_adapter
+from workers.adapter import Adapter, read_adapter
 from workers.compose import padded_length
 from workers.data import encode_all
+from workers.factor_file import PREFIX
 from workers.order import batch_samples, num_steps
 from workers.rows import Row
 from workers.types import (

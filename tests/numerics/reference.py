@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.optimization import get_scheduler
 
 from tests.numerics.masks import Masks, key_dropout, keys_of
-from workers.adapter import PREFIX, Adapter
+from workers.adapter import Adapter
 from workers.compose import padded_length
 from workers.data import encode_all
+from workers.factor_file import PREFIX
 from workers.order import batch_samples, num_steps
 from workers.types import BaseSpec, JobSpec
 

@@ -13,6 +13,7 @@ import torch
 from tests.adapters import SHAPES, dense, dense_sum, random_adapter, relative_error
 from tests.faults import files_limited_to, run_killed_before_rename
 from workers.adapter import Adapter, read_adapter, write_adapter
+from workers.fuse import fuse
 from workers.manifest import CorruptFolder, folder_files, publish_folder, verify_folder
 from workers.task import run
 from workers.types import BadInput, FuseTask
@@ -27,7 +28,9 @@ def save(adapter: Adapter, folder: Path, base_digest: str = "") -> str:
 @pytest.fixture
 def sources(tmp_path: Path) -> tuple[str, str]:
     one = random_adapter(1, r=2, lora_alpha=5, use_rslora=True, base_model="tiny")
-    other = random_adapter(2, r=4, lora_alpha=8, ranks={"model.layers.0.mlp.down_proj": 3}, base_model="tiny")
+    down = "model.layers.0.mlp.down_proj"
+    shapes = {name: shape for name, shape in SHAPES.items() if not name.endswith("v_proj")}
+    other = random_adapter(2, r=4, lora_alpha=8, ranks={down: 3}, base_model="tiny", shapes=shapes)
     return save(one, tmp_path / "one", "d1"), save(other, tmp_path / "other", "d1")
 
 
@@ -138,3 +141,16 @@ def test_fuse_folders_killed_before_publishing_is_absent_and_can_be_done_again(
     assert not (tmp_path / "fused").exists()
     run(task)
     verify_folder(tmp_path / "fused")
+
+
+@pytest.mark.parametrize("rule", ["cat", "ties"])
+def test_fuse_folders_writes_the_bits_that_fuse_gives(
+    sources: tuple[str, str], tmp_path: Path, rule: str
+) -> None:
+    report = run(fusion(sources, tmp_path / "fused", rule))
+    expected, same = fuse([read_adapter(Path(folder)) for folder in sources], (1.0, 0.5), rule)
+    found = read_adapter(tmp_path / "fused")
+    assert replace(found, factors={}) == replace(expected, factors={}, target_modules=found.target_modules)
+    assert report == {**same, "sources": report["sources"]}
+    for name, pair in expected.factors.items():
+        assert all(torch.equal(x, y) for x, y in zip(found.factors[name], pair, strict=True))

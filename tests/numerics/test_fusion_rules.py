@@ -17,11 +17,12 @@ from workers.fuse.breadcrumbs import breadcrumbs
 from workers.fuse.dare import dare, dare_ties_mergekit, dare_ties_peft, drawn
 from workers.fuse.della import chances, della_mergekit
 from workers.fuse.grams import GRAMS
+from workers.fuse.largest import largest
 from workers.fuse.normal import modules
 from workers.fuse.rule import Merge, Options
 from workers.fuse.shared import shared
 from workers.fuse.spaces import knots_space, on_dense
-from workers.fuse.ties import ties, ties_mergekit, ties_peft
+from workers.fuse.ties import ties, ties_mergekit, ties_peft, trimmed
 from workers.rules import BUCKETS, options_of
 from workers.tensors import save_tensors
 from workers.types import BadInput, RuleOptions
@@ -75,6 +76,25 @@ UNEQUAL = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
 def test_ties_three_readings_give_the_vectors_worked_out_by_hand(rule: Merge, expected: list[float]) -> None:
     found = rule(DELTAS, UNEQUAL, Options(density=0.5), 0)
     assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), atol=EXACT)
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 7, 11, 12])
+def test_largest_picks_so_many_entries_and_of_equal_ones_the_first(count: int) -> None:
+    values = torch.tensor([[[1.0, -3, 2, 3], [0, 2, -2, 0], [2, 1, 0, -2]]] * 2, dtype=torch.float64)
+    values[1] = -values[1].flip(0)
+    found = largest(values, count)
+    for value, mask in zip(values, found, strict=True):
+        flat = value.abs().flatten().tolist()
+        order = sorted(range(12), key=lambda place: (-flat[place], place))
+        assert mask.flatten().nonzero().flatten().tolist() == sorted(order[:count])
+
+
+def test_trimmed_keeps_the_share_of_entries_that_a_full_order_would() -> None:
+    deltas = torch.randn(3, 31, 17, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = trimmed(deltas, 0.3)
+    order = deltas.abs().flatten(1).argsort(dim=1, descending=True)[:, : int(0.3 * 31 * 17)]
+    exact = torch.zeros(3, 31 * 17, dtype=torch.float64).scatter(1, order, deltas.flatten(1).gather(1, order))
+    assert torch.equal(found.flatten(1), exact)
 
 
 @pytest.mark.parametrize("density", [0.2, 0.5, 0.77])
@@ -273,7 +293,7 @@ def test_regmean_is_the_least_squares_solution_over_the_adapters_inputs(
 
 
 def test_regmean_without_gram_matrices_is_refused_naming_the_module(parts: list[Adapter]) -> None:
-    with pytest.raises(BadInput, match=r"inputs of module '.*' of adapter 1: put its Gram matrix"):
+    with pytest.raises(BadInput, match=r"inputs of module '.*' of adapter 1: train it with gram_rows"):
         fuse(parts, WEIGHTS, "regmean")
 
 

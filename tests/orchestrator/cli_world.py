@@ -12,8 +12,8 @@ from unittest.mock import patch
 from typer.testing import CliRunner
 
 from orchestrator.commands.cli import app
-from orchestrator.commands.home import Home
 from orchestrator.commands.parts import Parts
+from orchestrator.home import Home
 from orchestrator.store.store import Store
 from tests.contract.memory_registry import MemoryRegistry
 from tests.orchestrator.fakes import FakeCluster, Faults

@@ -172,6 +172,12 @@ def test_release_into_a_folder_that_exists_is_refused_and_changes_nothing(done, 
     assert [path.name for path in tmp_path.iterdir()] == ["note"]
 
 
+def test_release_merged_and_repaired_is_refused_as_wrong_usage(done, tmp_path):
+    both = ("--out", tmp_path / "out", "--merged", "--repair")
+    assert_one_sentence(done.chorus("release", f"{FUSED}@1", *both), 2, "no adapter to repair")
+    assert not (tmp_path / "out").exists()
+
+
 def test_release_of_a_version_that_did_not_pass_is_refused(world, tmp_path):
     world.chorus("run", world.one_job(evaluation={"gates": {"macro_f1": ">= 0.97"}}))
     result = world.chorus("release", f"{FINANCE}@candidate", "--out", tmp_path / "out")

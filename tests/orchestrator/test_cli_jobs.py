@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("unsynced")
 JOB_KEYS = {
     *("id", "run", "name", "kind", "task", "status", "reason", "reason_words", "message", "attempt", "host"),
     *("priority", "step", "num_steps", "loss", "tokens_per_second", "depends_on"),
-    *("submitted_at", "started_at", "finished_at", "team", "position", "seconds_left"),
+    *("submitted_at", "started_at", "finished_at", "team", "position", "seconds_left", "about"),
 }
 
 

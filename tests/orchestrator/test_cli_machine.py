@@ -8,10 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
+from orchestrator.api.errors import explain
 from orchestrator.commands import doctor
-from orchestrator.commands.errors import explain
-from orchestrator.commands.home import Home, HomeBusy
 from orchestrator.commands.leftovers import remove_unpublished
+from orchestrator.home import Home, HomeBusy
 from tests.orchestrator.cli_world import CliWorld, assert_one_sentence
 
 

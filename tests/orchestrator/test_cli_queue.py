@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 import pytest
 
+from orchestrator.api.explaining import explanation
+from orchestrator.api.queue_view import claim_view
 from orchestrator.commands import run as run_command
-from orchestrator.commands.explaining import explanation
-from orchestrator.commands.queue_view import claim_view
 from orchestrator.job import Reason
 from orchestrator.policy import Policy
 from tests.orchestrator.cli_world import CliWorld, assert_one_sentence
@@ -32,7 +32,7 @@ def watched(monkeypatch):
 
     monkeypatch.setattr(run_command, "watching", noted)
     monkeypatch.setattr(run_command, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr("orchestrator.commands.home.PATIENCE", 0.1)
+    monkeypatch.setattr("orchestrator.home.PATIENCE", 0.1)
     return event
 
 
@@ -227,7 +227,7 @@ def test_hosts_and_teams_show_who_sits_where_while_a_controller_works(world):
 
 
 def test_teams_hold_shares_of_the_ranks_in_use(world):
-    from orchestrator.commands.queue_view import teams
+    from orchestrator.api.queue_view import teams
 
     world.chorus("submit", world.one_job(schedule={"team": "desk"}))
     world.chorus("submit", world.two_jobs())

@@ -41,7 +41,10 @@ COMMANDS = {
         "rollback",
         "fuse",
         "release",
+        "verify",
         "ui",
+        "api",
+        "token",
         "doctor",
     ),
     *(

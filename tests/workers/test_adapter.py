@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,16 @@ def test_write_adapter_full_disk_raises_oserror(tmp_path: Path) -> None:
     with files_limited_to(500), pytest.raises(OSError, match="adapter_model") as caught:
         write_adapter(random_adapter(1), tmp_path)
     assert caught.value.errno == 27
+
+
+def test_write_adapter_files_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    """A server runs as another user than who released; safetensors alone would lock it out."""
+    before = os.umask(0o022)
+    try:
+        write_adapter(random_adapter(1), tmp_path)
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in (CONFIG, WEIGHTS)] == [0o644] * 2
 
 
 def test_write_adapter_name_that_ends_like_another_keeps_its_rank_apart(tmp_path: Path) -> None:

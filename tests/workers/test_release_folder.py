@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,14 +21,14 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 
 from tests.interchange import CLOSE, linears, load, logits, small
 from tests.models import make_base
 from workers.adapter import read_adapter, write_adapter
 from workers.bom import BOM
-from workers.manifest import MANIFEST, publish_folder, verify_folder
+from workers.manifest import MANIFEST, CorruptFolder, publish_folder, verify_folder
 from workers.signature import check_signature
 from workers.task import run
 from workers.types import BadInput, ExportTask
@@ -57,7 +60,7 @@ def task(base_dir: Path, adapter_dir: Path, tmp_path: Path) -> ExportTask:
     )
 
 
-def a_card() -> str:
+def a_card(**more: str) -> str:
     args = {"confidence_interval_95": [0.85, 0.91]}
     result = EvalResult(
         task_type="text-classification",
@@ -67,7 +70,7 @@ def a_card() -> str:
         metric_value=0.88,
         metric_args=args,
     )
-    data = ModelCardData(library_name="peft", model_name="tiny.support", eval_results=[result])
+    data = ModelCardData(library_name="peft", model_name="tiny.support", eval_results=[result], **more)
     return f"---\n{data}\n---\n\n# tiny.support\n"
 
 
@@ -130,7 +133,7 @@ def test_release_signed_and_then_altered_is_found_out(
     out = Path(run(replace(task, signing_key=str(keys[0])))["out_dir"])
     with (out / name).open("ab") as file:
         file.write(b" ")
-    with pytest.raises(BadInput, match="is not what was signed"):
+    with pytest.raises(CorruptFolder, match="is not what was signed"):
         check_signature(out, keys[1])
 
 
@@ -139,7 +142,7 @@ def test_release_signed_and_given_another_file_is_found_out(
 ) -> None:
     out = Path(run(replace(task, signing_key=str(keys[0])))["out_dir"])
     (out / "evil.py").write_text("print()")
-    with pytest.raises(BadInput, match="is not what was signed"):
+    with pytest.raises(CorruptFolder, match="is not what was signed"):
         check_signature(out, keys[1])
 
 
@@ -190,3 +193,51 @@ def test_release_repaired_gives_the_same_logits_in_peft_and_no_server_minds(
     assert torch.allclose(after, before, rtol=0, atol=CLOSE)
     card = (out / "README.md").read_text()
     assert f"vllm serve {base_dir} --enable-lora --max-lora-rank 8" in card
+
+
+def test_release_merged_cannot_be_repaired(task: ExportTask) -> None:
+    with pytest.raises(BadInput, match="a merged model has no adapter to repair"):
+        run(replace(task, merged=True, repair=True))
+    assert not Path(task.out_dir).exists()
+
+
+def test_release_merged_card_is_of_a_model_that_transformers_loads(task: ExportTask) -> None:
+    text = a_card(base_model="org/tiny", base_model_relation="adapter")
+    text += "\n## Loading\n\nfrom peft import PeftModel\n\n## Limits\n\n- few rows\n"
+    done = run(replace(task, merged=True, dtype="bfloat16", extra_files=(("README.md", text),)))
+    card = ModelCard.load(Path(done["out_dir"]) / "README.md")
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.metric_value) == ("macro_f1", 0.88)
+    assert (card.data.library_name, card.data.base_model_relation) == ("transformers", "finetune")
+    assert "PeftModel" not in card.text
+    assert "- few rows" in card.text
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    loaded: dict[str, Any] = {}
+    with chdir(done["out_dir"]):
+        exec(code, loaded)
+    assert loaded["model"].dtype == torch.bfloat16
+    assert len(loaded["tokenizer"]) == loaded["model"].config.vocab_size
+
+
+def test_release_card_of_a_base_without_an_id_names_no_folder_of_this_machine(
+    task: ExportTask, base_dir: Path, tmp_path: Path
+) -> None:
+    with publish_folder(tmp_path / "local", {"base_digest": "d1"}) as scratch:
+        adapter = small(1, linears(load(base_dir)), r=4, lora_alpha=8)
+        write_adapter(replace(adapter, base_model="tiny"), scratch)
+    done = run(replace(task, adapter_dir=str(tmp_path / "local")))
+    card = (Path(done["out_dir"]) / "README.md").read_text()
+    assert 'vllm serve "$BASE" --enable-lora' in card
+    assert str(base_dir) not in card
+    assert f"vllm serve {base_dir} --enable-lora" in done["commands"]["vLLM"]
+
+
+def test_release_repaired_from_above_vllms_ranks_says_what_was_lost(
+    task: ExportTask, base_dir: Path, tmp_path: Path
+) -> None:
+    with publish_folder(tmp_path / "wide", {"base_digest": "d1"}) as scratch:
+        write_adapter(small(1, {"lm_head": (259, 32)}, r=520, lora_alpha=520), scratch)
+    done = run(replace(task, adapter_dir=str(tmp_path / "wide"), repair=True))
+    assert read_adapter(Path(done["out_dir"])).r == 512
+    # Of a layer of 259 x 32 no rank above 32 holds anything more.
+    assert 0 <= done["lost"] < 1e-6

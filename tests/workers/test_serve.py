@@ -9,7 +9,8 @@ import threading
 import pytest
 
 from workers import serve as loop
-from workers.serve import Mail, serve
+from workers.mail import Mail
+from workers.serve import serve
 from workers.types import (
     BadInput,
     BaseSpec,
@@ -151,13 +152,26 @@ def test_serve_rounds_grow_with_every_round():
     assert [mail.poll(0).rounds for _ in zip(range(3), served, strict=False)] == [1, 2, 3]
 
 
-def test_mail_poll_gives_each_event_once_and_again_when_the_answer_was_lost():
-    mail = Mail()
-    mail.put([Detached("a", 1, 1), Detached("b", 1, 1)])
-    first = mail.poll(0)
-    assert mail.poll(0) == first
-    mail.put([Detached("c", 1, 1)])
-    assert mail.poll(first.last).events == (Detached("c", 1, 1),)
+def test_serve_host_that_no_controller_speaks_to_closes_once_it_has_nothing_left_to_do():
+    now = [0.0]
+    mail = Mail(orphan_seconds=60.0, clock=lambda: now[0])
+    host = WrittenHost()
+    served = serve(lambda: host, Alone(), mail, idle_seconds=0.0)
+    now[0] = 61.0
+    next(served)
+    host.busy = False
+    assert list(served) == []
+    assert host.story == ["tick", "close"]
+
+
+def test_serve_idle_host_that_is_spoken_to_stays():
+    now = [0.0]
+    mail = Mail(orphan_seconds=60.0, clock=lambda: now[0])
+    served = serve(lambda: WrittenHost(busy=False), Alone(), mail, idle_seconds=0.0)
+    for _ in range(5):
+        now[0] += 59.0
+        mail.poll(0)
+        assert next(served) is False
 
 
 JOB = {

@@ -11,7 +11,7 @@ import torch
 from tests.adapters import random_adapter
 from tests.models import make_base
 from workers.adapter import Adapter
-from workers.servers import commands, obstacles, repaired, vllm_rank
+from workers.servers import base_of_card, commands, lost, obstacles, repaired, vllm_rank
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 SHAPES = {Q: (32, 32), V: (16, 32)}
@@ -78,6 +78,7 @@ def test_repaired_adapter_above_vllms_ranks_is_the_nearest_of_rank_512() -> None
     s = torch.linalg.svdvals(delta(adapter, "x"))
     error = torch.linalg.matrix_norm(delta(fixed, "x") - delta(adapter, "x"))
     assert fixed.r == 512
+    assert lost(adapter, fixed) == pytest.approx(float(error / torch.linalg.vector_norm(s)), rel=1e-4)
     assert float(error) == pytest.approx(float(torch.linalg.vector_norm(s[512:])), rel=1e-4)
 
 
@@ -89,3 +90,23 @@ def test_vllm_rank_is_the_smallest_it_offers_that_holds_the_adapter(r: int, aske
 def test_commands_of_an_adapter_name_the_base_and_of_a_merged_model_do_not() -> None:
     assert "--max-lora-rank 16 --lora-modules support=$PWD" in commands("t.support", "B", False, 16)["vLLM"]
     assert all("B" not in command for command in commands("t.support", "B", True, 16).values())
+
+
+def test_commands_write_nothing_into_the_folder_that_was_signed() -> None:
+    for merged in (False, True):
+        written = commands("t.support", "B", merged, 16)["llama.cpp"].split("--outfile ")[1:]
+        assert written
+        assert all(part.startswith("../") for part in written)
+
+
+@pytest.mark.parametrize(
+    ("named", "in_card"), [("org/model", "org/model"), ("tiny", '"$BASE"'), ("", '"$BASE"')]
+)
+def test_base_of_card_is_what_a_reader_can_look_up(named: str, in_card: str) -> None:
+    assert base_of_card(named) == in_card
+
+
+def test_obstacles_layer_that_sglang_does_not_know_is_to_be_merged(base: Path) -> None:
+    found = obstacles(random_adapter(1, shapes={"h.0.attn.c_attn": (96, 32)}, r=4, lora_alpha=8), base)
+    assert [(obstacle.server, obstacle.repairable) for obstacle in found] == [("SGLang", False)]
+    assert "c_attn" in found[0].words

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from workers.fuse.largest import largest
 from workers.fuse.rule import Options
 from workers.fuse.ties import kept_entries
 
@@ -19,6 +20,5 @@ def breadcrumbs(deltas: Tensor, weights: Tensor, options: Options, seed: int) ->
     keep = kept_entries(options.kept, size)
     gamma = 0.01 if options.gamma is None else options.gamma
     top = min(int(gamma * size), size - keep)
-    order = deltas.abs().flatten(1).argsort(dim=1)
-    mask = torch.zeros_like(deltas).flatten(1).scatter_(1, order[:, size - top - keep : size - top], 1.0)
-    return torch.tensordot(weights, deltas * mask.reshape(deltas.shape), dims=1)
+    mask = largest(deltas, top + keep) & ~largest(deltas, top)
+    return torch.tensordot(weights, deltas * mask, dims=1)

@@ -13,7 +13,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from workers.fuse.factors import Factors, core, norm
+from workers.fuse.factors import Factors, block_sums, middle, norm
 from workers.fuse.normal import Module
 from workers.fuse.rule import Fused
 
@@ -48,7 +48,7 @@ class ModuleReport:
 def module_report(whole: Module, module: Module, fused: Fused) -> tuple[ModuleReport, Tensor]:
     """The figures, and the singular values [S] of the result in falling order.
 
-    `module` is `whole` in any coordinates, `fused` the result in the same: only signs need the entries.
+    `module` is `whole`, and `fused` the result, each in any coordinates: only signs need the entries.
     """
     spectrum, after = _spectrum(fused)
     report = ModuleReport(
@@ -70,8 +70,8 @@ def _spectrum(fused: Fused) -> tuple[Tensor, float]:
     """Singular values of the result and its norm; from cutting, if it was cut."""
     if fused.spectrum is not None:
         return fused.spectrum, float(torch.linalg.vector_norm(fused.spectrum))
-    middle = core(fused.factors).middle
-    return torch.linalg.svdvals(middle), float(torch.linalg.matrix_norm(middle))
+    small = middle(fused.factors)
+    return torch.linalg.svdvals(small), float(torch.linalg.matrix_norm(small))
 
 
 def effective_rank(spectrum: Tensor) -> float:
@@ -82,11 +82,12 @@ def effective_rank(spectrum: Tensor) -> float:
 
 def _overlap(columns: Sequence[Tensor]) -> float:
     bases = [torch.linalg.qr(part)[0] for part in columns if part.shape[1]]
-    pairs = [
-        float((one.T @ other).square().sum()) / min(one.shape[1], other.shape[1])
-        for one, other in combinations(bases, 2)
-    ]
-    return math.fsum(pairs) / len(pairs) if pairs else 0.0
+    if len(bases) < 2:
+        return 0.0
+    ranks, whole = [basis.shape[1] for basis in bases], torch.cat(bases, dim=1)
+    mass = block_sums((whole.T @ whole).square(), ranks)
+    pairs = [mass[i][j] / min(ranks[i], ranks[j]) for i, j in combinations(range(len(ranks)), 2)]
+    return math.fsum(pairs) / len(pairs)
 
 
 def _sign_conflict(shares: Sequence[Factors], weights: Sequence[float]) -> float:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from workers.fuse.dare import drawn, dropped
+from workers.fuse.largest import places
 from workers.fuse.rule import Options
 from workers.fuse.ties import agreeing_mean, agreeing_share
 
@@ -38,7 +39,7 @@ def chances(deltas: Tensor, density: float, spread: float) -> Tensor:
     e is `spread`, taken no larger than keeps every chance above 0 and at most 1.
     """
     spread = min(spread, 2 * (1 - density), 1.98 * density)
-    ranks = deltas.abs().argsort(dim=-1).argsort(dim=-1).double() / max(1, deltas.shape[-1] - 1)
+    ranks = places(deltas).double() / max(1, deltas.shape[-1] - 1)
     return density - spread / 2 + spread * ranks
 
 

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from workers.adapter import Adapter, adapter_digests, read_adapter, write_adapter
+from workers.adapter import WEIGHTS, Adapter, open_adapter, verify_adapter, write_config
+from workers.factor_file import Pair, write_factors
 from workers.fuse.certificate import ModuleReport, module_report
 from workers.fuse.cut import cut
-from workers.fuse.factors import Factors, one_thread
-from workers.fuse.grams import gram_of
+from workers.fuse.factors import Factors, inner_products, one_thread
+from workers.fuse.grams import gram_of, verify_grams
 from workers.fuse.in_turn import in_turn
-from workers.fuse.normal import Module, adapter_of, common_targets, modules, output_dtype
+from workers.fuse.normal import (
+    Module,
+    adapter_of,
+    common_targets,
+    module_names,
+    modules,
+    output_dtype,
+    written,
+)
 from workers.fuse.reduced import reduced
-from workers.fuse.report import REPORT, Overlap, Spectrum, as_json, clamped, inner_products, summary
+from workers.fuse.report import REPORT, Overlap, Spectrum, as_json, clamped, summary
 from workers.fuse.rule import Options
 from workers.fuse.rules import RULES
 from workers.manifest import MANIFEST, json_digest, publish_folder, read_manifest, verify_folder
@@ -46,36 +56,71 @@ def fuse(
 
     Raises BadInput for a plan or adapters that do not fit together: another base, other shapes, NaN.
     """
-    check_plan(rule, rank, options)
-    for given in (weights, *(found for _, found in groups)):
-        check_weights(rule, given, len(adapters))
-    asked, limit = Options(**asdict(options), rank=rank), rank or options.bucket
-    names = names or [f"adapter {i + 1}" for i in range(len(adapters))]
-    dtype = output_dtype(adapters)
-    fused: dict[str, Factors] = {}
-    reports: dict[str, ModuleReport] = {}
-    overlap, spectra = Overlap(len(adapters)), Spectrum()
+    plan = _Plan(adapters, weights, rule, rank, names, groups, options, folders)
+    found = _Report(plan)
+    fused = dict(_results(plan, found))
+    return adapter_of(fused, *_described(adapters)), found.as_json()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What `fuse` is asked for. Raises BadInput where its parts do not fit together."""
+
+    adapters: Sequence[Adapter]
+    weights: Sequence[float]
+    rule: str
+    rank: int | None
+    names: Sequence[str] | None
+    groups: Groups
+    options: RuleOptions
+    folders: Sequence[Path]
+
+    def __post_init__(self) -> None:
+        check_plan(self.rule, self.rank, self.options)
+        for given in (self.weights, *(found for _, found in self.groups)):
+            check_weights(self.rule, given, len(self.adapters))
+
+    def modules(self) -> Generator[Module]:
+        names = self.names or [f"adapter {i + 1}" for i in range(len(self.adapters))]
+        return modules(self.adapters, self.weights, names)
+
+
+def _results(plan: _Plan, report: _Report) -> Generator[tuple[str, Factors]]:
+    """Module by module, in the order of names; the figures of each are told to `report`."""
+    asked, dtype = Options(**asdict(plan.options), rank=plan.rank), output_dtype(plan.adapters)
     with one_thread() as threads:
-        plain = modules(adapters, weights, names)
-        for done in in_turn(plain, lambda module: _one(module, rule, asked, groups, folders), threads):
-            fused[done.name] = done.factors.to(dtype)
-            reports[done.name] = done.report
-            spectra.add(done.spectrum)
-            overlap.add(done.inner)
-    base_model = next((adapter.base_model for adapter in adapters if adapter.base_model), "")
-    report = {
-        "rule": rule,
-        "rank": rank,
-        "weights": list(weights),
-        **({"groups": dict(groups)} if groups else {}),
-        **({"options": as_given(options)} if as_given(options) else {}),
-        "notes": clamped(limit, reports),
-        "summary": summary(reports),
-        "cosines": overlap.cosines(),
-        "spectrum": spectra.values(),
-        "modules": as_json(reports),
-    }
-    return adapter_of(fused, base_model, common_targets(adapters), dtype), report
+        for done in in_turn(plan.modules(), lambda module: _one(module, plan, asked), threads):
+            report.add(done)
+            yield done.name, written(done.factors, dtype)
+
+
+class _Report:
+    """Figures of a fusion as its modules come; the whole of them at the end."""
+
+    def __init__(self, plan: _Plan) -> None:
+        self._plan = plan
+        self._modules: dict[str, ModuleReport] = {}
+        self._overlap, self._spectra = Overlap(len(plan.adapters)), Spectrum()
+
+    def add(self, done: _Done) -> None:
+        self._modules[done.name] = done.report
+        self._spectra.add(done.spectrum)
+        self._overlap.add(done.inner)
+
+    def as_json(self) -> dict[str, Any]:
+        plan, options = self._plan, as_given(self._plan.options)
+        return {
+            "rule": plan.rule,
+            "rank": plan.rank,
+            "weights": list(plan.weights),
+            **({"groups": dict(plan.groups)} if plan.groups else {}),
+            **({"options": options} if options else {}),
+            "notes": clamped(plan.rank or plan.options.bucket, self._modules),
+            "summary": summary(self._modules),
+            "cosines": self._overlap.cosines(),
+            "spectrum": self._spectra.values(),
+            "modules": as_json(self._modules),
+        }
 
 
 @dataclass(frozen=True)
@@ -89,15 +134,14 @@ class _Done:
     inner: list[list[float]]
 
 
-def _one(plain: Module, rule: str, asked: Options, groups: Groups, folders: Sequence[Path]) -> _Done:
-    whole = _in_group(plain, groups)
-    if rule == "regmean":
-        whole = replace(whole, grams=tuple(gram_of(folder, whole.name) for folder in folders))
-    small = reduced(whole)
-    used = small.module if RULES[rule].rotates else whole
-    result = cut(_scaled(RULES[rule].apply(used, asked), asked.scale), asked)
-    report, spectrum = module_report(whole, used, result)
-    factors = small.back(result.factors) if used is small.module else result.factors
+def _one(plain: Module, plan: _Plan, asked: Options) -> _Done:
+    whole, rule = _in_group(plain, plan.groups), RULES[plan.rule]
+    if plan.folders:
+        whole = replace(whole, gram=lambda index: gram_of(plan.folders[index], whole.name))
+    small, turns = reduced(whole), rule.turns
+    result = cut(_scaled(rule.apply(small.turned(turns), asked), asked.scale), asked)
+    report, spectrum = module_report(whole, small.module, result)
+    factors = small.back(result.factors, turns)
     return _Done(whole.name, factors, report, spectrum, inner_products(small.module.shares))
 
 
@@ -107,26 +151,46 @@ def fuse_folders(task: FuseTask) -> dict[str, Any]:
     Doing a plan again whose result is there changes nothing. Raises BadInput as `fuse` does, and where
     `out_dir` holds something else; CorruptFolder if a byte of an input differs from its manifest.
     """
-    folders = [Path(folder) for folder in task.adapter_dirs]
-    adapters = [read_adapter(folder) for folder in folders]
+    folders, out = [Path(folder) for folder in task.adapter_dirs], Path(task.out_dir)
+    sources = [verify_adapter(folder) for folder in folders]
+    if task.rule == "regmean":
+        sources = [source | verify_grams(folder) for source, folder in zip(sources, folders, strict=True)]
+    adapters = [open_adapter(folder) for folder in folders]
     base_digest = _common_base(folders, adapters)
-    sources = [adapter_digests(folder) for folder in folders]
-    weights = [float(weight) for weight in task.weights]
-    options = as_given(task.options)
-    plan = json_digest(
+    weights, options = [float(weight) for weight in task.weights], as_given(task.options)
+    digest = json_digest(
         [task.rule, task.rank, weights, sources, *task.groups, *([options] if options else [])]
     )
-    out = Path(task.out_dir)
     if out.exists():
-        return _done_before(out, plan)
-    fused, report = fuse(
+        return _done_before(out, digest)
+    plan = _Plan(
         adapters, weights, task.rule, task.rank, task.adapter_dirs, task.groups, task.options, folders
     )
-    report["sources"] = sources
-    with publish_folder(out, {"plan": plan, **base_digest}) as scratch:
-        write_adapter(fused, scratch)
+    with publish_folder(out, {"plan": digest, **base_digest}) as scratch:
+        report = {**_write(plan, scratch), "sources": sources}
         (scratch / REPORT).write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
     return report
+
+
+def _write(plan: _Plan, folder: Path) -> dict[str, Any]:
+    """PEFT's two files, module by module; the report."""
+    found, shapes = _Report(plan), dict[str, Factors]()
+
+    def factors() -> Generator[tuple[str, Pair]]:
+        for name, (a, b) in _results(plan, found):
+            shapes[name] = Factors(a.to("meta"), b.to("meta"))
+            yield name, (a, b)
+
+    with closing(factors()) as results:
+        write_factors(folder / WEIGHTS, module_names(plan.adapters), results)
+    write_config(adapter_of(shapes, *_described(plan.adapters)), folder)
+    return found.as_json()
+
+
+def _described(adapters: Sequence[Adapter]) -> tuple[str, tuple[str, ...]]:
+    """The base's name and the target modules of what is fused from `adapters`."""
+    base_model = next((adapter.base_model for adapter in adapters if adapter.base_model), "")
+    return base_model, common_targets(adapters)
 
 
 def _scaled(factors: Factors, scale: float | None) -> Factors:

@@ -5,13 +5,13 @@ Also the way back, from fused factors to an adapter whose run-time scaling is 1 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from workers.adapter import Adapter, check_finite
+from workers.adapter import Adapter, check_finite_factors
 from workers.fuse.factors import Factors
 from workers.types import BadInput
 
@@ -27,8 +27,8 @@ class Module:
     name: str
     shares: tuple[Factors, ...]
     weights: tuple[float, ...]
-    grams: tuple[Tensor | None, ...] = ()
-    """X_i^T X_i [N, N] of the inputs that adapter i was trained on; read only for rule `regmean`."""
+    gram: Callable[[int], Tensor | None] = lambda _: None
+    """X_i^T X_i [N, N] of the inputs that adapter i was trained on, if that is known; read when asked for."""
 
     @property
     def rank(self) -> int:
@@ -46,37 +46,38 @@ class Module:
         return Factors(torch.cat(weighted, dim=0), torch.cat([share.b for share in self.shares], dim=1))
 
 
-def modules(adapters: Sequence[Adapter], weights: Sequence[float], names: Sequence[str]) -> Iterator[Module]:
+def modules(adapters: Sequence[Adapter], weights: Sequence[float], names: Sequence[str]) -> Generator[Module]:
     """Every module any adapter has, in the order of names; made one at a time to bound memory.
 
     `names` say in errors which adapter is meant. Raises BadInput for NaN or Inf, and where shapes differ.
     """
-    for adapter, name in zip(adapters, names, strict=True):
-        check_finite(adapter, name)
-    for module in sorted({module for adapter in adapters for module in adapter.factors}):
+    for module in module_names(adapters):
         shapes = {
-            name: (adapter.factors[module][1].shape[0], adapter.factors[module][0].shape[1])
+            name: (adapter.described[module][1].shape[0], adapter.described[module][0].shape[1])
             for adapter, name in zip(adapters, names, strict=True)
             if module in adapter.factors
         }
         _require_one_shape(module, shapes)
         shape = next(iter(shapes.values()))
-        yield Module(module, tuple(_share(adapter, module, shape) for adapter in adapters), tuple(weights))
+        shares = (_share(adapter, module, shape, name) for adapter, name in zip(adapters, names, strict=True))
+        yield Module(module, tuple(shares), tuple(weights))
 
 
-def adapter_of(
-    fused: Mapping[str, Factors], base_model: str, target_modules: tuple[str, ...], dtype: torch.dtype
-) -> Adapter:
-    """The adapter that adds `b @ a` to each module, rounded once to `dtype`.
+def module_names(adapters: Sequence[Adapter]) -> list[str]:
+    """Of every module that any adapter has, in order."""
+    return sorted({module for adapter in adapters for module in adapter.factors})
+
+
+def adapter_of(fused: Mapping[str, Factors], base_model: str, target_modules: tuple[str, ...]) -> Adapter:
+    """The adapter that adds `b @ a` to each module, each as `written`.
 
     `r` is the largest rank and `lora_alpha` equals the rank in every module, so that the scaling is 1 both
     for PEFT, which reads `rank_pattern` and `alpha_pattern`, and for servers that read only `lora_alpha / r`.
     """
-    fused = {name: _of_some_rank(factors) for name, factors in fused.items()}
     ranks = {name: factors.a.shape[0] for name, factors in fused.items()}
     r = max(ranks.values())
     return Adapter(
-        factors={name: (factors.a.to(dtype), factors.b.to(dtype)) for name, factors in fused.items()},
+        factors={name: (factors.a, factors.b) for name, factors in fused.items()},
         r=r,
         lora_alpha=r,
         alpha_pattern={name: rank for name, rank in ranks.items() if rank != r},
@@ -85,17 +86,17 @@ def adapter_of(
     )
 
 
-def _of_some_rank(factors: Factors) -> Factors:
-    """A module that nothing is left of is written at rank 1, as zeros: no reader takes rank 0."""
-    a, b = factors
-    return factors if a.shape[0] else Factors(a.new_zeros(1, a.shape[1]), b.new_zeros(b.shape[0], 1))
+def written(factors: Factors, dtype: torch.dtype) -> Factors:
+    """Rounded once to `dtype`. A module that nothing is left of gets rank 1: no reader takes rank 0."""
+    a, b = factors.to(dtype)
+    return Factors(a, b) if a.shape[0] else Factors(a.new_zeros(1, a.shape[1]), b.new_zeros(b.shape[0], 1))
 
 
 def output_dtype(adapters: Sequence[Adapter]) -> torch.dtype:
     """Float32, or float64 if an adapter is: half precision could not hold a scaling folded into it."""
     dtype = torch.float32
     for adapter in adapters:
-        for a, _ in adapter.factors.values():
+        for a, _ in adapter.described.values():
             dtype = torch.promote_types(dtype, a.dtype)
     return dtype
 
@@ -105,11 +106,12 @@ def common_targets(adapters: Sequence[Adapter]) -> tuple[str, ...]:
     return tuple(sorted({name for adapter in adapters for name in adapter.target_modules or adapter.factors}))
 
 
-def _share(adapter: Adapter, module: str, shape: tuple[int, int]) -> Factors:
+def _share(adapter: Adapter, module: str, shape: tuple[int, int], where: str) -> Factors:
     if module not in adapter.factors:
         m, n = shape
         return Factors(torch.zeros(0, n, dtype=torch.float64), torch.zeros(m, 0, dtype=torch.float64))
     a, b = adapter.factors[module]
+    check_finite_factors(module, (a, b), where)
     return Factors(adapter.scaling(module) * a.double(), b.double())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -45,14 +46,18 @@ Merge = Callable[[Tensor, Tensor, Options, int], Tensor]
 """(deltas [T, ...], weights [T], options, seed) -> merged [...]: a rule that works entry by entry."""
 
 
+Turns = Literal["both", "left", "none"]
+"""Which sides of the deltas may be turned before, so that a rule works on small matrices: with both it gives
+Q f(D_1, ..., D_T) P^T for Q D_i P^T, Q and P with orthonormal columns."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """One row of the table of rules, with what computes it."""
 
     apply: Apply
     row: Row
-    rotates: bool
-    """The rule gives Q f(D_1, ..., D_T) P^T for Q D_i P^T, Q and P orthonormal: it may work on small ones."""
+    turns: Turns
 
     @property
     def takes_rank(self) -> bool:

@@ -10,7 +10,7 @@ from workers.fuse.della import della, della_linear, della_mergekit
 from workers.fuse.iso import iso_c, iso_c_paper, iso_cts
 from workers.fuse.random import random
 from workers.fuse.regmean import regmean
-from workers.fuse.rule import Apply, Rule
+from workers.fuse.rule import Apply, Rule, Turns
 from workers.fuse.spaces import in_core, in_knots, on_dense
 from workers.fuse.ties import ties, ties_mergekit, ties_peft
 from workers.fuse.tsv import tsv
@@ -44,11 +44,13 @@ _APPLY: dict[str, Apply] = {
     "regmean": regmean,
     "random": random,
 }
-_ENTRIES = frozenset(
-    {"ties_dense", "dare_dense", "della_dense", "breadcrumbs_dense", "knots", "knots_dare"}
-    | {"iso_c_paper", "regmean", "random"}
-)
-"""Work on entries, inputs or sizes of the whole module, so that it may not be turned before."""
+_TURNS: dict[str, Turns] = {
+    # Entries or sizes of the whole module.
+    **dict.fromkeys(("ties_dense", "dare_dense", "della_dense", "breadcrumbs_dense"), "none"),
+    **dict.fromkeys(("iso_c_paper", "random"), "none"),
+    # Entries of the right space; inputs.
+    **dict.fromkeys(("knots", "knots_dare", "regmean"), "left"),
+}
 RULES: dict[str, Rule] = {
-    name: Rule(_APPLY[name], row, rotates=name not in _ENTRIES) for name, row in ROWS.items()
+    name: Rule(_APPLY[name], row, _TURNS.get(name, "both")) for name, row in ROWS.items()
 }

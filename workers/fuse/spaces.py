@@ -7,7 +7,7 @@ import torch
 from workers.fuse.factors import Factors, svd
 from workers.fuse.normal import Module
 from workers.fuse.rule import Apply, Merge, Options
-from workers.fuse.shared import NULL, balanced, numerical, seed_of, shared
+from workers.fuse.shared import numerical, seed_of, shared
 
 
 def in_core(merge: Merge) -> Apply:
@@ -25,8 +25,8 @@ def in_core(merge: Merge) -> Apply:
 def in_knots(merge: Merge) -> Apply:
     """D = U S f(V_1, ..., V_T) with [D_1 | ... | D_T] = U S [V_1 | ... | V_T] (arXiv 2410.19735, section 3).
 
-    Exact without a dense matrix: with B = [B_1, ..., B_T] and A_i = L_i Q_i the concatenation is
-    B blockdiag(A_i), so S and U are those of R_b blockdiag(L_i). Entries are those of k x N matrices.
+    Exact without a dense matrix: with D_i = U_i S_i W_i^T the concatenation is [U_i S_i] blockdiag(W_i^T), so
+    U, S and V' are those of [U_i S_i], and V_i = V'_i W_i^T. Entries are those of k x N matrices.
     """
 
     def apply(module: Module, options: Options) -> Factors:
@@ -40,17 +40,14 @@ def in_knots(merge: Merge) -> Apply:
 
 def knots_space(module: Module) -> tuple[torch.Tensor, torch.Tensor]:
     """U S [M, k] and the V_i stacked [T, k, N]. The largest entry of every column of U is positive."""
-    shares = [balanced(share) for share in module.shares]
-    lows, rows = zip(*(torch.linalg.qr(share.a.T, mode="reduced") for share in shares), strict=True)
-    # b_i L_i with A_i = L_i Q_i, where torch gives A_i^T = Q R and so L = R^T.
-    wide = torch.cat([share.b @ r.T for share, r in zip(shares, rows, strict=True)], dim=1)
-    q, r = torch.linalg.qr(wide)
-    u, s, vh = torch.linalg.svd(r, full_matrices=False)
-    rank = int((s > NULL * s[0]).sum()) if len(s) else 0
-    u, vh = q @ u[:, :rank], vh[:rank]
-    sign = u.gather(0, u.abs().argmax(dim=0, keepdim=True)).sign() if rank else u.new_ones(1, 0)
-    blocks = (sign.T * vh).split([share.a.shape[0] for share in shares], dim=1)
-    return u * sign * s[:rank], torch.stack([b @ low.T for b, low in zip(blocks, lows, strict=True)])
+    parts = [numerical(svd(share)) for share in module.shares]
+    wide = torch.cat([part.u * part.s for part in parts], dim=1)
+    u, s, vh = numerical(svd(Factors(torch.eye(wide.shape[1], dtype=wide.dtype), wide)))
+    blocks = vh.split([len(part.s) for part in parts], dim=1)
+    rights = wide.new_empty(len(parts), len(s), parts[0].vh.shape[1])
+    for right, block, part in zip(rights, blocks, parts, strict=True):
+        torch.matmul(block, part.vh, out=right)
+    return u * s, rights
 
 
 def on_dense(merge: Merge) -> Apply:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from workers.fuse.largest import largest
 from workers.fuse.rule import Options
 
 
@@ -32,8 +33,8 @@ def ties_mergekit(deltas: Tensor, weights: Tensor, options: Options, seed: int) 
 def agreeing_mean(deltas: Tensor, weights: Tensor) -> Tensor:
     """Mean over T of the w_i delta_i that have the sign of their sum; 0 where the sum is 0."""
     weighted = broadcast(weights, deltas) * deltas
-    agrees = (weighted.sign() == weighted.sum(0).sign()) & (weighted != 0)
-    return (weighted * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+    agrees = weighted * weighted.sum(0).sign() > 0
+    return weighted.where(agrees, 0.0).sum(0) / agrees.sum(0).clamp(min=1)
 
 
 def agreeing_peft(deltas: Tensor, weights: Tensor) -> Tensor:
@@ -66,10 +67,7 @@ def _majority(deltas: Tensor) -> Tensor:
 
 def trimmed(deltas: Tensor, density: float) -> Tensor:
     """[T, ...] with the int(density * size) largest entries of each by magnitude, at least one; others 0."""
-    keep = kept_entries(density, deltas[0].numel())
-    largest = deltas.abs().flatten(1).topk(keep, dim=1).indices
-    mask = torch.zeros_like(deltas).flatten(1).scatter_(1, largest, 1.0)
-    return deltas * mask.reshape(deltas.shape)
+    return deltas.where(largest(deltas, kept_entries(density, deltas[0].numel())), 0.0)
 
 
 def kept_entries(density: float, size: int) -> int:

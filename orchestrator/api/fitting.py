@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from orchestrator.commands.output import duration, megabytes
-from orchestrator.commands.queue_view import Queue
-from orchestrator.commands.token_count import tokens_to_train
+from orchestrator.api.queue_view import Queue
+from orchestrator.api.token_count import tokens_to_train
 from orchestrator.control.show import read_snapshot
 from orchestrator.fit import Ask, fit
 from orchestrator.plan.steps import Plan
@@ -43,20 +42,3 @@ def paces(store: Store) -> dict[str, float]:
         if host is not None:
             together[base, host] = together.get((base, host), 0.0) + pace
     return alone | {base: pace for (base, _), pace in together.items()}
-
-
-def fit_words(view: FitView) -> str:
-    """One line for a person."""
-    words = f"adapter of {view['adapter_parameters']:,} parameters, {megabytes(view['adapter_bytes'])}"
-    words += f", {megabytes(view['memory_bytes'])} on each rank while it trains"
-    if view["tokens"] is not None:
-        words += f"; about {view['tokens']:,} tokens"
-    if view["seconds"] is not None:
-        words += (
-            f", {duration(view['seconds'])} of training, {view['rank_seconds']:,.0f} rank-seconds of its own"
-        )
-    if view["never"] is not None:
-        return f"{words}. It cannot run as the cluster is: {view['never']}"
-    if view["host"] is not None:
-        return f"{words}. It would join {view['host']}, where {view['beside']} train"
-    return words

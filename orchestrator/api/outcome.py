@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from orchestrator.control.submission import read_order
@@ -55,6 +55,15 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def read_outcome(value: Mapping[str, Any]) -> Outcome:
+    """What `to_json` gave."""
+    return Outcome(
+        scores=tuple(Score(**score) for score in value["scores"]),
+        versions=tuple(replace(Made(**made), findings=tuple(made["findings"])) for made in value["versions"]),
+        releases=tuple(Release(**release) for release in value["releases"]),
+    )
 
 
 def outcome(store: Store, jobs: Sequence[JobRow]) -> Outcome:

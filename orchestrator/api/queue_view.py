@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.commands.views import DEFAULT_TEAM
+from orchestrator.api.views import DEFAULT_TEAM
 from orchestrator.control.show import NAME
 from orchestrator.control.submission import read_order
 from orchestrator.fairness import past_ranks

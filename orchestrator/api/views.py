@@ -8,6 +8,7 @@ from typing import Any
 from orchestrator.contracts import AdapterVersion
 from orchestrator.control.submission import read_order
 from orchestrator.job import REASONS
+from orchestrator.plan.steps import PlannedJob
 from orchestrator.store.rows import EventRow, JobRow, MetricRow, RunRow
 
 DEFAULT_TEAM = "default"
@@ -41,7 +42,26 @@ def job_view(job: JobRow) -> dict[str, Any]:
         "team": planned.team or DEFAULT_TEAM,
         "reason_words": REASONS[job.reason].words,
         "depends_on": list(job.depends_on),
+        "about": about(planned),
     }
+
+
+def why(job: JobRow) -> str:
+    """Why a job is where it is, in words."""
+    words = REASONS[job.reason].words
+    return f"{words}: {job.message}" if job.message else words
+
+
+def about(planned: PlannedJob) -> str:
+    """How the job makes its adapter, in words."""
+    if planned.kind == "fuse":
+        return f"fused from {', '.join(planned.depends_on) or 'registered adapters'}"
+    if planned.estimate is None:
+        return "trained"
+    return (
+        f"trained {planned.estimate.num_steps} steps on {planned.estimate.train_rows:,} rows, "
+        f"{planned.estimate.adapter_parameters:,} parameters"
+    )
 
 
 def run_view(run: RunRow) -> dict[str, Any]:

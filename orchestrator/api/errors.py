@@ -30,20 +30,26 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         return INTERNAL, f"{error.name} is not installed; `chorus doctor` says what is missing"
     if isinstance(error, OSError) and error.errno != errno.EPIPE:
         return _explain_os(error)
-    code = next((code for kind, code in _codes() if isinstance(error, kind)), None)
+    from orchestrator.api.client import ServerSaid
+
+    if isinstance(error, ServerSaid):
+        return error.code, _one_line(error)
+    code = next((code for kind, code in kinds() if isinstance(error, kind)), None)
     if code is not None:
         return code, _one_line(error)
     return _explain_sql(error)
 
 
-def _codes() -> tuple[tuple[type[BaseException], int], ...]:
-    from orchestrator.commands.home import HomeBusy
+def kinds() -> tuple[tuple[type[BaseException], int], ...]:
+    """What is told in a sentence, and the exit code of each."""
+    from orchestrator.api.client import ServerAway
     from orchestrator.contracts import (
         ClusterUnreachable,
         NoSuchVersion,
         RegistryConflict,
         RegistryUnreachable,
     )
+    from orchestrator.home import HomeBusy
     from orchestrator.registry.server import ServerFailed
     from orchestrator.store.engine import StoreUnreachable
     from orchestrator.store.store import NoSuchJob
@@ -61,6 +67,7 @@ def _codes() -> tuple[tuple[type[BaseException], int], ...]:
         (ServerFailed, UNREACHABLE),
         (ClusterUnreachable, UNREACHABLE),
         (StoreUnreachable, UNREACHABLE),
+        (ServerAway, UNREACHABLE),
         (CorruptFolder, INTERNAL),
         (TaskFailed, INTERNAL),
         (DiskFull, INTERNAL),
