@@ -27,15 +27,21 @@ class Shares:
         self._policy = policy
         self._past = {team: past_ranks(seconds, policy.half_life) for team, seconds in usage.items()}
         self._held: dict[str, float] = {}
-        self._known: dict[str, Share] = {}
-        """Shares that no charge has changed since they were asked for."""
+        self._known: dict[str, dict[float, Share]] = {}
+        """Team -> ranks more -> share, as long as no charge has changed it."""
         self.changes = 0
         """Charges so far: while there is none, every share is as it was."""
 
     def charge(self, team: str, ranks: float) -> None:
+        self.charge_each((team,), ranks)
+
+    def charge_each(self, teams: Iterable[str], ranks: float) -> None:
+        """So many ranks more for each; a team may be among them several times."""
         self.changes += 1
-        self._known.pop(team, None)
-        self._held[team] = self._held.get(team, 0.0) + ranks
+        held, known = self._held, self._known
+        for team in teams:
+            known.pop(team, None)
+            held[team] = held.get(team, 0.0) + ranks
 
     def held(self, team: str) -> float:
         """Ranks it holds now."""
@@ -43,11 +49,11 @@ class Shares:
 
     def share(self, team: str, more: float = 0.0) -> Share:
         """A team's share if it held `more` ranks than it does."""
-        if more:
-            return self._share(team, more)
         if (known := self._known.get(team)) is None:
-            known = self._known[team] = self._share(team, 0.0)
-        return known
+            known = self._known[team] = {}
+        if (share := known.get(more)) is None:
+            share = known[more] = self._share(team, more)
+        return share
 
     def _share(self, team: str, more: float) -> Share:
         claim = self._policy.team(team)
@@ -71,9 +77,9 @@ class Shares:
 
     def givers(self, taker: str, ranks: float, *, aged: bool = False) -> set[str]:
         """All teams that hold ranks and may be made to give some to a job of `taker`: see `may_reclaim`."""
-        taken = self.share(taker, 0.0 if aged else ranks)
-        shares = ((team, self.share(team)) for team in self._held if team != taker)
-        return {team for team, given in shares if given[0] == 1 and _below(taken, given)}
+        return {
+            team for team in self._held if team != taker and self.may_reclaim(taker, ranks, team, aged=aged)
+        }
 
 
 def _below(one: Share, other: Share) -> bool:

@@ -5,7 +5,7 @@ A refusal is a typed reason; its words are made where it is shown.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from orchestrator.contracts import Capacity
@@ -32,6 +32,13 @@ class Resident:
     """When it was last preempted."""
     leaving: bool = False
     """It was told to leave and has not yet: its slot is not free, and it has nothing to give."""
+
+    def told_to_leave(self) -> Resident:
+        # `dataclasses.replace` takes four times as long, here and below: a decision does it a thousand times.
+        return Resident(
+            self.job, self.team, self.priority, self.attained, self.remaining, self.submitted_at,
+            self.preempted_at, True,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +69,12 @@ class HostView:
     def never_takes(self, adapter_parameters: int) -> bool:
         """Whether an adapter would not fit if it had the host for itself."""
         return self.adapter_room is not None and adapter_parameters > self.adapter_room
+
+    def with_residents(self, residents: tuple[Resident, ...], adapter_parameters: int) -> HostView:
+        return HostView(
+            self.name, self.base, self.world_size, self.slots, self.on_gpus, residents, self.visitors,
+            adapter_parameters, self.adapter_room, self.idle_since, self.saturated,
+        )  # fmt: skip
 
     @property
     def idle(self) -> bool:
@@ -100,8 +113,11 @@ class Room:
         shares: Shares,
         suspects: Mapping[str, int],
     ) -> None:
-        self.hosts = {host.name: host for host in hosts}
-        self.of_base: dict[str, set[str]] = {}
+        self.hosts: dict[str, HostView] = {}
+        self.of_base: dict[str, dict[str, HostView]] = {}
+        """Base -> its hosts by name."""
+        self._with_slots: dict[str, dict[str, HostView]] = {}
+        """The same, of hosts with a free slot."""
         self.shares = shares
         self.opened: list[NewHost] = []
         self.closed: list[str] = []
@@ -113,9 +129,10 @@ class Room:
         self._next_name = name_seed
         self._short_of_memory: set[str] = set()
         """Bases of which a job waits for memory: what gets free is that job's, or a large one starves."""
-        self._on_gpus = capacity.gpus > 0 or any(host.on_gpus for host in self.hosts.values())
+        hosts = tuple(hosts)
+        self._on_gpus = capacity.gpus > 0 or any(host.on_gpus for host in hosts)
         self.free_ranks = int(capacity.gpus if self._on_gpus else capacity.cpus)
-        self.all_ranks = self.free_ranks + sum(host.world_size for host in self.hosts.values())
+        self.all_ranks = self.free_ranks + sum(host.world_size for host in hosts)
         # A task holds no CPU of its own: where ranks hold every CPU, one task at a time runs beside them.
         self._free_tasks = max(1, int(capacity.cpus)) - running_tasks
         self.idle: dict[str, HostView] = {}
@@ -123,33 +140,50 @@ class Room:
         self.coming = 0
         """Ranks of hosts that everyone was told to leave."""
         self._slots_coming: dict[str, int] = {}
-        for host in self.hosts.values():
-            self._take_in(host)
-        for team, ranks in held_by_team(self.hosts.values()).items():
+        held: dict[str, float] = {}
+        for host in hosts:
+            self._take_in(host, held)
+        for team, ranks in held.items():
             shares.charge(team, ranks)
 
-    def _take_in(self, host: HostView) -> None:
-        self.of_base.setdefault(host.base, set()).add(host.name)
+    def _take_in(self, host: HostView, held: dict[str, float]) -> None:
+        """Adds to `held`, team -> ranks: a resident that stays holds an equal part of its host's."""
+        self._put(host)
+        part, leaving = host.world_size / max(len(host.residents), 1), 0
+        for resident in host.residents:
+            if resident.leaving:
+                leaving += 1
+            else:
+                held[resident.team] = held.get(resident.team, 0.0) + part
+        if leaving:
+            self._slots_coming[host.base] = self._slots_coming.get(host.base, 0) + leaving
         if host.idle:
             self.idle[host.name] = host
             self.idle_ranks += host.world_size
-        elif host.emptying:
+        elif leaving == len(host.residents) and not host.visitors:
             self.coming += host.world_size
-        for resident in host.residents:
-            if resident.leaving:
-                self._slots_coming[host.base] = self._slots_coming.get(host.base, 0) + 1
+
+    def _put(self, host: HostView) -> None:
+        """A host as it is from now on."""
+        self.hosts[host.name] = host
+        self.of_base.setdefault(host.base, {})[host.name] = host
+        if len(host.residents) < host.slots:
+            self._with_slots.setdefault(host.base, {})[host.name] = host
+        elif host.base in self._with_slots:
+            self._with_slots[host.base].pop(host.name, None)
 
     # ---- asking ----------------------------------------------------------------------------------------
 
-    def hosts_of(self, base: str) -> list[HostView]:
-        return [self.hosts[name] for name in self.of_base.get(base, ())]
+    def hosts_of(self, base: str) -> Collection[HostView]:
+        return self.of_base.get(base, {}).values()
 
     def warm_host(self, job: Waiting) -> HostView | None:
         """The fullest host that still takes the job: the others empty sooner. One that is saturated only if
         all are, and then the emptiest."""
         hosts = self.hosts_of(job.base)
         if job.need is Need.SLOT:
-            hosts = [h for h in hosts if len(h.residents) < h.slots and self._has_room(h, job)]
+            with_slots = self._with_slots.get(job.base, {}).values()
+            hosts = [host for host in with_slots if self._has_room(host, job)]
         return max(hosts, key=inviting, default=None)
 
     def _has_room(self, host: HostView, job: Waiting) -> bool:
@@ -162,11 +196,12 @@ class Room:
             return True
         return not apart(self._suspects, job.job, (resident.job for resident in host.residents))
 
-    def why_not(self, job: Waiting, hosts: list[HostView]) -> Reason:
+    def why_not(self, job: Waiting) -> Reason:
         """Why no host of its base takes a job that wants a slot."""
+        hosts = self.hosts_of(job.base)
         if all(host.never_takes(job.adapter_parameters) for host in hosts):
             return Reason.OUT_OF_MEMORY
-        if all(len(host.residents) >= host.slots for host in hosts):
+        if not self._with_slots.get(job.base):
             return Reason.WAITS_FOR_SLOT
         if any(not self.may_share(host, job) for host in hosts):
             return Reason.WAITS_APART
@@ -209,15 +244,14 @@ class Room:
         host = HostView(f"host-{self._next_name}", job.base, job.world_size, max(1, job.slots), self._on_gpus)
         self._next_name += 1
         self.opened.append(NewHost(host.name, host.base, host.world_size, host.slots))
-        self.hosts[host.name] = host
-        self.of_base.setdefault(host.base, set()).add(host.name)
         return self.seat(host, job)
 
     def close(self, host: HostView) -> None:
         """Its ranks are free at once: the cluster takes its processes away before it starts others."""
         del self.hosts[host.name], self.idle[host.name]
         self.idle_ranks -= host.world_size
-        self.of_base[host.base].discard(host.name)
+        del self.of_base[host.base][host.name]
+        self._with_slots[host.base].pop(host.name, None)
         self.free_ranks += host.world_size
         self.closed.append(host.name)
 
@@ -230,15 +264,12 @@ class Room:
             resident = Resident(
                 job.job, job.team, job.priority, job.attained, job.remaining, job.submitted_at
             )
-            host = replace(
-                host,
-                residents=(*host.residents, resident),
-                adapter_parameters=host.adapter_parameters + job.adapter_parameters,
-            )
+            parameters = host.adapter_parameters + job.adapter_parameters
+            host = host.with_residents((*host.residents, resident), parameters)
             self._charge(host, 1)
         else:
             host = replace(host, visitors=host.visitors | {job.job})
-        self.hosts[host.name] = host
+        self._put(host)
         return Place(host.name)
 
     def release(self, host: str, jobs: Iterable[str]) -> None:
@@ -246,33 +277,22 @@ class Room:
         before, leaving = self.hosts[host], set(jobs)
         self._charge(before, -1)
         residents = tuple(
-            replace(resident, leaving=True) if resident.job in leaving else resident
-            for resident in before.residents
+            resident.told_to_leave() if resident.job in leaving else resident for resident in before.residents
         )
-        self.hosts[host] = after = replace(before, residents=residents)
+        after = before.with_residents(residents, before.adapter_parameters)
+        self._put(after)
         self._charge(after, 1)
         if after.emptying:
             self.coming += after.world_size
 
     def _charge(self, host: HostView, sign: int) -> None:
         """A resident holds an equal part of its host's ranks."""
-        for resident in host.residents:
-            if not resident.leaving:
-                self.shares.charge(resident.team, sign * host.world_size / len(host.residents))
+        if host.residents:
+            stay = [resident.team for resident in host.residents if not resident.leaving]
+            self.shares.charge_each(stay, sign * host.world_size / len(host.residents))
 
 
 def inviting(host: HostView) -> tuple[bool, int, str]:
     """The greatest of the hosts that take a job is the one it goes to."""
     count = len(host.residents)
     return not host.saturated, -count if host.saturated else count, host.name
-
-
-def held_by_team(hosts: Iterable[HostView]) -> dict[str, float]:
-    """Team -> ranks: each resident that stays holds an equal part of its host's."""
-    held: dict[str, float] = {}
-    for host in hosts:
-        part = host.world_size / max(len(host.residents), 1)
-        for resident in host.residents:
-            if not resident.leaving:
-                held[resident.team] = held.get(resident.team, 0.0) + part
-    return held

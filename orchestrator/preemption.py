@@ -17,6 +17,9 @@ from orchestrator.queue import Standing, Waiting, aged, level, standing
 Worst: TypeAlias = tuple[Standing, float, str]
 """The larger, the sooner it has to leave: its standing, then the younger."""
 
+Seat: TypeAlias = tuple[Worst, str, Resident]
+"""A resident, with the name of its host."""
+
 
 @dataclass(frozen=True)
 class Asks:
@@ -36,30 +39,63 @@ class Preemption:
         self._now = now
         self.preempted: dict[str, str] = {}
         self._of_team: dict[str, list[tuple[Worst, str]]] | None = None
+        self._seats: dict[str, dict[str, list[tuple[Resident, str]]]] = {}
+        self._ranks: dict[tuple[str, str], list[Seat]] = {}
+        self._emptied: set[str] = set()
+        """Hosts that someone leaves by this decision."""
 
     def slot_for(self, job: Waiting) -> bool:
         """Whether somebody leaves a slot of the job's base for it: of all that may be made to, the worst."""
         asks = self._asks(job)
         # A resident of a full host holds the least that the job could ask for.
         teams = self._room.shares.givers(job.team, job.world_size / max(job.slots, 1), aged=asks.aged)
-        # Of its own team those of a higher priority stand above it: most are passed by that alone.
-        mine, highest = job.team, float("inf") if asks.aged else job.priority
-        found: list[tuple[Worst, str, str]] = []
-        for host in self._room.hosts_of(job.base):
-            some = [
-                resident
-                for resident in host.residents
-                if resident.team in teams or (resident.team == mine and resident.priority <= highest)
-            ]
-            if some and not any(r.leaving for r in host.residents) and self._room.may_share(host, job):
-                ranks = host.world_size / len(host.residents)
-                giving = (r for r in some if self._gives(r, asks, ranks))
-                found += ((self._worst(r), r.job, host.name) for r in giving)
+        seats = [self._worst_seat(job.base, team, asks) for team in (job.team, *teams)]
+        found = [seat for seat in seats if seat is not None]
         if not found:
             return False
-        _, victim, name = max(found)
-        self._preempt(self._room.hosts[name], job, [victim])
+        (_, _, victim), host = max(found)
+        self._preempt(self._room.hosts[host], job, [victim])
         return True
+
+    def _worst_seat(self, base: str, team: str, asks: Asks) -> tuple[Worst, str] | None:
+        """The worst of a team's residents on hosts of a base that may be made to leave; its host."""
+        for worst, host, resident in reversed(self._ranked(base, team)):
+            if team == asks.job.team and worst[0] <= asks.standing:
+                return None  # Those that come after stand no worse.
+            if self._leaves(resident, host, asks):
+                return worst, host
+        return None
+
+    def _leaves(self, resident: Resident, name: str, asks: Asks) -> bool:
+        """Whether a resident may be made to leave a host, from which one leaves at a time."""
+        if name in self._emptied:
+            return False
+        host = self._room.hosts[name]
+        gives = self._gives(resident, asks, host.world_size / len(host.residents))
+        return gives and self._room.may_share(host, asks.job)
+
+    def _ranked(self, base: str, team: str) -> list[Seat]:
+        """Residents on hosts that nobody was leaving before this decision, the worst last."""
+        if base not in self._seats:
+            self._seats[base] = self._seats_of(base)
+        if (base, team) not in self._ranks:
+            seats = self._seats[base].get(team, ())
+            self._ranks[base, team] = sorted(
+                (self._worst(resident), host, resident) for resident, host in seats
+            )
+        return self._ranks[base, team]
+
+    def _seats_of(self, base: str) -> dict[str, list[tuple[Resident, str]]]:
+        """By team, with the names of their hosts."""
+        seats: dict[str, list[tuple[Resident, str]]] = {}
+        for host in self._room.hosts_of(base):
+            if not any(resident.leaving for resident in host.residents):
+                for resident in host.residents:
+                    if resident.team in seats:
+                        seats[resident.team].append((resident, host.name))
+                    else:
+                        seats[resident.team] = [(resident, host.name)]
+        return seats
 
     def ranks_for(self, job: Waiting, missing: int) -> bool:
         """Whether whole hosts are left by all their residents, `missing` ranks or more, for the job."""
@@ -100,6 +136,7 @@ class Preemption:
 
     def _preempt(self, host: HostView, job: Waiting, victims: list[str]) -> None:
         self.preempted |= dict.fromkeys(victims, job.job)
+        self._emptied.add(host.name)
         self._room.release(host.name, victims)
 
     # ---- candidates ------------------------------------------------------------------------------------

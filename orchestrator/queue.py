@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from operator import attrgetter
 from typing import TypeAlias
 
 from orchestrator.job import FINISHED, Reason, Status
@@ -59,7 +61,7 @@ class Waiting:
 
 def level(attained: float, remaining: float | None, policy: Policy) -> int:
     """The queue of a job: by what it still needs where that is known, else by what it has had."""
-    return policy.level(attained if remaining is None else remaining)
+    return bisect_right(policy.levels, attained if remaining is None else remaining)
 
 
 def aged(job: Waiting, policy: Policy, now: float) -> bool:
@@ -73,17 +75,40 @@ def standing(job: Waiting, policy: Policy, now: float) -> Standing:
 
 def order_key(job: Waiting, policy: Policy, now: float) -> tuple[int, int, int, float, str]:
     """Sorts a team's jobs: who waited to the bound, the longest wait first; then priority, queue, age."""
-    # Once for every job that waits in every decision: `aged` and `standing` written out.
-    since = job.submitted_at if job.waiting_since is None else job.waiting_since
-    if now - since >= policy.most_waiting:
-        return 0, 0, 0, since, job.job
-    service = job.attained if job.remaining is None else job.remaining
-    return 1, -job.priority, policy.level(service), job.submitted_at, job.job
+    if aged(job, policy, now):
+        return 0, 0, 0, job.since, job.job
+    return *standing(job, policy, now), job.submitted_at, job.job
 
 
 def in_order(jobs: Iterable[Waiting], policy: Policy, now: float) -> tuple[Waiting, ...]:
     """Who goes first among the jobs of a team."""
     return tuple(sorted(jobs, key=lambda job: order_key(job, policy, now)))
+
+
+def by_team(jobs: Iterable[Waiting], policy: Policy, now: float) -> dict[str, list[Waiting]]:
+    """Each team's jobs, in order.
+
+    What `in_order` does, for all that wait in every decision: sorted by age alone, and dealt out by the rest.
+    """
+    bound, levels = policy.most_waiting, policy.levels
+    teams: dict[str, list[Waiting]] = {}
+    classes: dict[tuple[str, int, int], list[Waiting]] = {}
+    for job in sorted(jobs, key=attrgetter("submitted_at", "job")):
+        since = job.submitted_at if job.waiting_since is None else job.waiting_since
+        if now - since >= bound:
+            teams.setdefault(job.team, []).append(job)
+            continue
+        service = job.attained if job.remaining is None else job.remaining
+        key = job.team, -job.priority, bisect_right(levels, service)
+        if key in classes:
+            classes[key].append(job)
+        else:
+            classes[key] = [job]
+    for waited in teams.values():
+        waited.sort(key=attrgetter("since", "job"))
+    for key in sorted(classes):
+        teams.setdefault(key[0], []).extend(classes[key])
+    return teams
 
 
 def parents_verdict(job: Waiting) -> Reason | None:

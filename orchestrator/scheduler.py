@@ -93,11 +93,13 @@ def _schedule(snapshot: Snapshot) -> Decision:
     turn = Turn(snapshot)
     for job in in_order(turn.light, snapshot.policy, snapshot.now):
         turn.settle(job, parents_verdict(job) or turn.light_place(job))
-    line = Line(turn.heavy, snapshot.policy, snapshot.now)
+    line = Line(turn.heavy, snapshot.policy, snapshot.now, passed=turn.refusals)
     while (job := line.next(turn.room.shares)) is not None:
         verdict = (parents_verdict(job) if job.parents else None) or turn.place(job)
         turn.settle(job, verdict)
-        if verdict is Reason.WAITS_FOR_HOST and turn.hopeless(job):
+        if verdict is Reason.WAITS_FOR_SLOT:
+            line.close(job.team, job.base)
+        elif verdict is Reason.WAITS_FOR_HOST and turn.hopeless(job):
             # Nobody behind it in its team needs less: those that have no warm host need not be asked.
             for other in line.drop(job.team, keep=turn.room.of_base):
                 turn.refusals[other] = verdict
@@ -120,8 +122,11 @@ class Turn:
             snapshot.poison.suspects,
         )
         self.preemption = Preemption(self.room, snapshot.policy, snapshot.now)
-        self.light = [job for job in snapshot.waiting if job.need in (Need.CPU, Need.NOTHING)]
-        self.heavy = [job for job in snapshot.waiting if job.need in (Need.SLOT, Need.HOST)]
+        self.light: list[Waiting] = []
+        self.heavy: list[Waiting] = []
+        for job in snapshot.waiting:
+            heavy = job.need is Need.SLOT or job.need is Need.HOST
+            (self.heavy if heavy else self.light).append(job)
         self.placements: dict[str, str] = {}
         self.tasks: list[str] = []
         self.free: list[str] = []
@@ -170,7 +175,7 @@ class Turn:
 
     def _beside(self, job: Waiting) -> Place | Reason:
         """No host of its base takes it: a second host if the work justifies it, or a resident's slot."""
-        reason = self.room.why_not(job, self.room.hosts_of(job.base))
+        reason = self.room.why_not(job)
         if reason is Reason.OUT_OF_MEMORY or self.room.slot_to_come(job.base):
             return reason
         if reason is Reason.WAITS_APART or self._justifies_a_host(job):
@@ -185,8 +190,9 @@ class Turn:
         """Whether what waits for a base is more than loading it once more costs; unknown work is long."""
         if self._work is None:
             self._work = {}
+            long = float("inf")
             for each in self.heavy:
-                known = each.remaining if each.remaining is not None else float("inf")
+                known = long if each.remaining is None else each.remaining
                 self._work[each.base] = self._work.get(each.base, 0.0) + known
         return self._work[job.base] > self.snapshot.policy.load * job.world_size
 

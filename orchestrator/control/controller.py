@@ -45,6 +45,8 @@ from orchestrator.store.store import Store
 from workers.types import BadInput, Superseded
 
 TICK_SECONDS = 0.1
+CALM_SECONDS, CALM_AFTER = 0.5, 1.0
+"""While hosts only step, a round is made so often; once nothing else has happened for so long."""
 DECIDE_SECONDS = 1.0
 """What depends on the clock alone (waits, shares, idle hosts) is looked at so often."""
 LET_GO_SECONDS = 30.0
@@ -80,7 +82,7 @@ class Controller:
         self._steps = Steps(work, registration, self._errands, self._backoff, self._guard)
         self._policy = PolicyFile(home / "teams.yaml")
         self._board = Board(work)
-        self._decided_at = float("-inf")
+        self._decided_at = self._changed_at = float("-inf")
         self._redone: set[str] = set()
         self._too_large_since: dict[str, float] = {}
 
@@ -103,13 +105,21 @@ class Controller:
                     self._let_go(wait)
                     break
                 on_tick()
-                wait(TICK_SECONDS)
+                wait(self.pause)
         except Superseded:
             raise
         except BaseException:
             self.close()
             raise
         self.close()
+
+    @property
+    def pause(self) -> float:
+        """Seconds to the next round. A round costs the same whether hosts report one step or ten."""
+        awaited = any(flight.step.kind != "train" for flight in self._work.flights.values())
+        loading = any(host.ready is None for host in self._work.fleet.hosts)
+        calm = self._work.clock() - self._changed_at >= CALM_AFTER and not awaited and not loading
+        return CALM_SECONDS if calm else TICK_SECONDS
 
     def _let_go(self, wait: Callable[[float], None]) -> None:
         """Jobs of other runs save what they have, for whoever works next."""
@@ -149,6 +159,8 @@ class Controller:
         changed |= self._steps.hear_tasks()
         self._board.show_progress()
         changed |= self._errands.hear()
+        if changed:
+            self._changed_at = work.clock()
         if changed or not 0 <= work.clock() - self._decided_at < DECIDE_SECONDS:
             self._decide()
         self._curves.tick([work.order(job) for job in work.jobs])

@@ -25,7 +25,7 @@ from workers.types import DatasetSpec, DistillSpec, Teacher
 
 EXPORT_EVERY = 3.0
 """Seconds between two looks for new points, at least."""
-JOBS_A_SECOND = 2.0
+JOBS_A_SECOND = 1.0
 """Each job's points are requests to the registry: with many jobs they go more rarely, more at a time."""
 POINTS_AT_ONCE = 1000
 """Steps of a series in one errand."""

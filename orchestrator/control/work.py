@@ -82,6 +82,7 @@ class Work:
         if last == self._last_event and self.clock() - self._refreshed < REFRESH_SECONDS:
             return False
         self._still_the_one()
+        news, before = last != self._last_event, self.jobs
         self.jobs = {job.id: job for job in self.store.unfinished_jobs(run, known=self.jobs)}
         self.parents = self.store.statuses({p for job in self.jobs.values() for p in job.depends_on})
         self._last_event, self._refreshed = last, self.clock()
@@ -93,7 +94,7 @@ class Work:
                 log.exception("the stored plan of %s cannot be read", job)
                 words = "its stored plan cannot be read by this version of chorus; submit again"
                 self.switch(job, Reason.INTERNAL_ERROR, words)
-        return True
+        return news or self.jobs != before
 
     def _still_the_one(self) -> None:
         newest = self.store.epochs.newest()

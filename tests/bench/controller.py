@@ -15,7 +15,6 @@ from typing import Any
 import psutil
 
 from orchestrator.cluster.ray_cluster import RayCluster
-from orchestrator.control import controller as loop
 from orchestrator.control.controller import Controller
 from orchestrator.control.submission import new_run
 from orchestrator.job import Status
@@ -56,7 +55,7 @@ class Home:
 
     def round(self) -> None:
         self.controller.tick()
-        time.sleep(loop.TICK_SECONDS)
+        time.sleep(self.controller.pause)
 
     def working(self) -> list[Any]:
         return [job for job in self.store.unfinished_jobs() if job.status is Status.RUNNING and job.step > 0]

@@ -21,7 +21,7 @@ from mlflow.tracking import MlflowClient
 
 from orchestrator.commands.parts import ClusterChoice
 from orchestrator.contracts import Cluster, Registry
-from orchestrator.control.controller import TICK_SECONDS, Controller
+from orchestrator.control.controller import Controller
 from orchestrator.control.submission import new_run
 from orchestrator.home import Home
 from orchestrator.job import Status
@@ -157,7 +157,7 @@ class Chorus:
     def _until(self, reached: Callable[[], bool]) -> None:
         """As `Controller.run` does, but stopping early; at the latest when there is nothing to do."""
         while self.controller.tick() and not reached():
-            time.sleep(TICK_SECONDS)
+            time.sleep(self.controller.pause)
 
 
 def _write_world(setting: Setting, load: Load) -> None:

@@ -729,6 +729,26 @@ def test_controller_decides_anew_when_something_changed_or_a_second_went_by(worl
     assert len(decided) == before + 2
 
 
+def test_controller_looks_less_often_while_hosts_only_step_and_at_once_after_anything_else(world):
+    from orchestrator.control import controller as loop
+
+    world.submit(finance(max_steps=40))
+    pauses: dict[int, float] = {}
+    asked: list[str] = []
+
+    def wait(seconds: float) -> None:
+        pauses[world.job("finance").step] = seconds
+        world.now += 0.6
+        if world.job("finance").step == 20 and not asked:
+            asked.append(world.submit(support()))
+
+    world.controller().run(wait=wait)
+    assert pauses[1] == pauses[2] == loop.TICK_SECONDS, "it was just placed"
+    assert pauses[10] == pauses[20] == loop.CALM_SECONDS
+    assert pauses[21] == loop.TICK_SECONDS
+    assert pauses[40] == loop.TICK_SECONDS, "it is scored"
+
+
 def test_curves_of_many_jobs_go_to_the_registry_more_rarely(world, monkeypatch):
     from orchestrator.control import curve_export
 

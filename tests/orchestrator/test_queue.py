@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from orchestrator.job import Reason, Status
 from orchestrator.policy import HOUR, Policy
-from orchestrator.queue import Need, Waiting, in_order, parents_verdict
+from orchestrator.queue import Need, Waiting, by_team, in_order, parents_verdict
 
 
 def job(name: str = "j", priority: int = 0, at: float = 0.0, parents: tuple[Status, ...] = ()) -> Waiting:
@@ -46,6 +46,30 @@ def test_in_order_puts_who_waited_to_the_bound_before_any_priority():
     bound = Policy().most_waiting
     late = replace(job("late", at=9.0), waiting_since=bound)
     assert names(job("aged", -5), replace(late, priority=5), now=bound + 1) == ["aged", "late"]
+
+
+several = st.builds(
+    Waiting,
+    job=st.uuids().map(str),
+    need=st.just(Need.SLOT),
+    base=st.just("b"),
+    world_size=st.just(1),
+    slots=st.just(1),
+    priority=st.integers(-1, 1),
+    submitted_at=st.integers(0, 3).map(float),
+    team=st.sampled_from("abc"),
+    attained=st.sampled_from([0.0, 4 * HOUR, 40 * HOUR]),
+    remaining=st.sampled_from([None, HOUR, 300 * HOUR]),
+    waiting_since=st.sampled_from([None, 0.0, 2.0, 50 * HOUR]),
+)
+
+
+@given(st.lists(several, max_size=30), st.sampled_from([3.0, 24 * HOUR, 24 * HOUR + 2.0, 60 * HOUR]))
+def test_by_team_is_the_order_of_each_team(waiting, now):
+    found = by_team(waiting, Policy(), now)
+    assert found.keys() == {each.team for each in waiting}
+    for team, line in found.items():
+        assert line == list(in_order([each for each in waiting if each.team == team], Policy(), now))
 
 
 @given(st.lists(st.sampled_from(Status)))
