@@ -77,7 +77,7 @@ class RayCluster:
     def adopt(self, epoch: int) -> Sequence[LivingHost]:
         self._epoch = epoch
         held = take_over(self._namespace, epoch)
-        self._gangs |= {gang.card.host: gang for gang, _ in held}
+        self._gangs = {gang.card.host: gang for gang, _ in held}
         return [
             LivingHost(card.host, card.base, card.world_size, card.on_gpus, roll)
             for card, roll in ((gang.card, roll) for gang, roll in held)
