@@ -2,7 +2,7 @@
 
     python -m tests.bench.fusion svd      4 adapters of rank 16 against PEFT's `svd`
     python -m tests.bench.fusion knots    6 adapters of rank 16 against the dense computation
-    python -m tests.bench.fusion model    8 adapters of rank 64, 224 modules, from files to a file
+    python -m tests.bench.fusion model    8 adapters of rank 64, 224 modules, files to a file, each rule
 
 `--small` tries the script at small shapes.
 """
@@ -10,14 +10,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import resource
+import shutil
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +29,14 @@ import torch
 from tests.adapters import random_adapter
 from tests.bench.__main__ import RESULTS
 from tests.bench.record import Bars, Machine, Outcome, Table, Target, write
-from workers.adapter import Adapter, read_adapter, write_adapter
+from workers.adapter import Adapter, open_adapter, write_adapter
 from workers.fuse import fuse
 from workers.fuse.factors import Factors
 from workers.fuse.factors import svd as factor_svd
 from workers.fuse.rule import Options
 from workers.fuse.ties import ties
+from workers.manifest import publish_folder
+from workers.rules import ROWS
 from workers.task import run
 from workers.types import FuseTask, RuleOptions
 
@@ -231,54 +236,100 @@ def llama_8b(layers: int, divide: int) -> dict[str, tuple[int, int]]:
     return {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in shapes.items()}
 
 
-def fuse_files(folders: tuple[str, ...], rule: str, rank: int | None, out: str) -> Callable[[], None]:
-    def work() -> None:
+def fuse_files(folders: tuple[str, ...], rule: str, rank: int | None, out: str) -> Callable[[], float]:
+    """Seconds of processor time, over all threads."""
+
+    def work() -> float:
+        began = time.process_time()
         run(FuseTask(folders, (1.0,) * len(folders), rule, rank, out))
+        return time.process_time() - began
 
     return work
 
 
-def model(small: bool, rules: Sequence[str]) -> Outcome:
+SLOW = ("random", "regmean", "ties_dense", "dare_dense", "della_dense", "breadcrumbs_dense")
+"""Not rules in factor space: a control, one that solves for whole inputs, and oracles on whole matrices."""
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One rule, measured; kept in a file, so that a run that was stopped goes on."""
+
+    rule: str
+    rank: int | None
+    modules: int
+    seconds: float
+    mib: float
+    processor: float
+    load: float
+    """Average of the last minute before it began: what others brought."""
+
+
+def model(small: bool, rules: Sequence[str], work: Path) -> Outcome:
     layers, divide, rank = (2, 16, 8) if small else (32, 1, 64)
     shapes = llama_8b(layers, divide)
-    rows, targets, bars = [], [], {}
-    with tempfile.TemporaryDirectory(prefix="fusion-") as scratch:
-        folders = tuple(str(Path(scratch) / str(i)) for i in range(8))
-        for i, folder in enumerate(folders):
-            Path(folder).mkdir()
-            adapter = random_adapter(i, r=rank, shapes=shapes, dtype=torch.bfloat16, base_model="8b")
-            write_adapter(adapter, Path(folder))
-        for rule in rules:
-            out = str(Path(scratch) / rule)
-            _, seconds, memory = measured(fuse_files, folders, rule, rank, out)
-            written = len(read_adapter(Path(out)).factors)
-            rows.append([rule, written, f"{seconds:.1f}", f"{memory:.0f}"])
-            bars[rule] = seconds
-            targets += [
-                Target(f"{rule}: seconds", seconds, 60.0, at_least=False),
-                Target(f"{rule}: peak of the resident set, MiB", memory, 3 * 1024, at_least=False),
-            ]
-    header = ("rule", "modules", "s", "MiB added to the peak")
-    table = Table(f"8 adapters of rank {rank} to rank {rank}, bfloat16 files to a float32 file", header, rows)
-    notes = ("From `run(FuseTask)` to the published folder: digests, reading, fusion, certificate, writing.",)
-    return Outcome(
-        "fusion-model", "Fusion in the shape of an 8B model", [table], targets, Bars(bars, "seconds"), notes
+    folders = _adapter_files(work / f"adapters-{layers}-{divide}-{rank}", shapes, rank)
+    done = [_measured_once(work, folders, rule, rank) for rule in rules]
+    targets, rows = [], []
+    for one in done:
+        figures = (f"{one.seconds:.1f}", f"{one.processor:.1f}", f"{one.mib:.0f}", f"{one.load:.1f}")
+        rows.append([one.rule, one.rank or "", one.modules, *figures])
+        targets += [
+            Target(f"{one.rule}: seconds", one.seconds, 60.0, at_least=False),
+            Target(f"{one.rule}: peak of the resident set, MiB", one.mib, 3 * 1024, at_least=False),
+        ]
+    header = ("rule", "cut to", "modules", "s", "s of a core", "MiB added to the peak", "load before")
+    table = Table(f"8 adapters of rank {rank}, bfloat16 files to a float32 file", header, rows)
+    notes = (
+        "From `run(FuseTask)` to the published folder: digests, reading, fusion, certificate, writing; each "
+        "rule in a process of its own. `cat` takes no rank and writes all 512. Load is the average of the "
+        "minute before.",
     )
+    bars = Bars({one.rule: one.seconds for one in done}, "seconds")
+    return Outcome("fusion-model", "Fusion in the shape of an 8B model", [table], targets, bars, notes)
+
+
+def _adapter_files(folder: Path, shapes: dict[str, tuple[int, int]], rank: int) -> tuple[str, ...]:
+    folders = tuple(folder / str(i) for i in range(8))
+    for i, path in enumerate(folders):
+        if not path.exists():
+            with publish_folder(path) as scratch:
+                drawn = random_adapter(i, r=rank, shapes=shapes, dtype=torch.bfloat16, base_model="8b")
+                write_adapter(drawn, scratch)
+    return tuple(map(str, folders))
+
+
+def _measured_once(work: Path, folders: tuple[str, ...], rule: str, rank: int) -> Fused:
+    file, out = work / f"{rule}-{rank}.json", work / "fused"
+    if not file.is_file():
+        load, cut = os.getloadavg()[0], None if ROWS[rule].cut == "refused" else rank
+        shutil.rmtree(out, ignore_errors=True)
+        processor, seconds, memory = measured(fuse_files, folders, rule, cut, str(out))
+        written = len(open_adapter(out).factors)
+        file.write_text(json.dumps(asdict(Fused(rule, cut, written, seconds, memory, processor, load))))
+        shutil.rmtree(out)
+    found = Fused(**json.loads(file.read_text()))
+    print(f"{rule}: {found.seconds:.1f} s, {found.mib:.0f} MiB", flush=True)
+    return found
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.fusion", description=__doc__)
     parser.add_argument("case", choices=("svd", "knots", "model"))
-    parser.add_argument("--rules", nargs="+", default=["svd", "ties", "tsv"], help="case model only")
+    every = [rule for rule in ROWS if rule not in SLOW]
+    parser.add_argument("--rules", nargs="+", default=every, choices=list(ROWS), help="of case model")
+    parser.add_argument("--work", type=Path, help="of case model: keeps what is done, for a run that goes on")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args(arguments)
     machine = Machine.read()
     if asked.case == "model":
-        found = model(asked.small, asked.rules)
+        with tempfile.TemporaryDirectory(prefix="fusion-") as scratch:
+            found = model(asked.small, asked.rules, asked.work or Path(scratch))
     else:
         found = {"svd": svd, "knots": knots}[asked.case](asked.small)
-    command = ["python", "-m", "tests.bench.fusion", *arguments]
+    command = ["python", "-m", "tests.bench.fusion", asked.case]
+    command += ["--rules", *asked.rules] if asked.case == "model" and asked.rules != every else []
     print(write(found, machine, asked.out, command, asked.small).read_text())
     return 0
 
