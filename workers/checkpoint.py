@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from workers.adapter import Adapter, read_adapter, write_adapter
+from workers.fuse.grams import write_grams
 from workers.manifest import MANIFEST, CorruptFolder, publish_folder, remove_scratch, verify_folder
 from workers.tensors import save_tensors
 
@@ -64,13 +65,17 @@ def save(folder: Path, checkpoint: Checkpoint, base_digest: str) -> Path:
     return final
 
 
-def save_adapter(final: Path, adapter: Adapter, base_digest: str) -> None:
-    """Publish the finished adapter alone, in PEFT's layout with a manifest."""
+def save_adapter(
+    final: Path, adapter: Adapter, base_digest: str, grams: Mapping[str, Tensor] | None = None
+) -> None:
+    """Publish the finished adapter in PEFT's layout with a manifest, and its Gram matrices if it has some."""
     if final.exists() and _verifies(final):
         return
     shutil.rmtree(final, ignore_errors=True)
     with publish_folder(final, {"base_digest": base_digest}) as scratch:
         write_adapter(adapter, scratch)
+        if grams:
+            write_grams(grams, scratch)
 
 
 def path_of(folder: Path, step: int) -> Path:

@@ -20,6 +20,7 @@ from workers.capacity import Capacity
 from workers.compose import MicroBatch, compose
 from workers.encoded import read, sources
 from workers.evaluations import Evaluations
+from workers.inputs import gram_matrices
 from workers.joins import Joins, Prepared, remove
 from workers.passes import Passes
 from workers.ranks import Ranks
@@ -236,7 +237,8 @@ class Host:
         spec, path = resident.spec, Path(resident.spec.checkpoint_dir) / "adapter"
         finished = TrainingFinished(spec.job, spec.attempt, resident.step, str(path))
         adapter, digest = self._export(resident), self.base.spec.digest
-        self._saves.begin(finished, lambda: checkpoint.save_adapter(path, adapter, digest))
+        grams = gram_matrices(self.base, self.ranks, resident)
+        self._saves.begin(finished, lambda: checkpoint.save_adapter(path, adapter, digest, grams))
         self._leave(resident)
         return []
 

@@ -149,6 +149,8 @@ class JobSpec:
     """Share of a tick's tokens, relative to the other residents' weights."""
     distill: DistillSpec | None = None
     """Then the rows are its teachers', and `train` and `validation` are empty."""
+    gram_rows: int = 0
+    """Training rows from which `gram.safetensors` is made beside the finished adapter; 0 for none."""
 
 
 @dataclass(frozen=True)

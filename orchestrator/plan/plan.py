@@ -117,6 +117,8 @@ def _train(loaded: LoadedRecipe) -> Step:
         "training": {k: v for k, v in asdict(spec.training).items() if k not in PACE},
         "train": [rows_of(dataset) for dataset in spec.train],
         "digest": loaded.train.digest,
+        # Left out where none are asked for: what was trained before they existed stays trained.
+        **({"gram_rows": spec.gram_rows} if spec.gram_rows else {}),
     }
     return make_step("train", matters, (), what)
 

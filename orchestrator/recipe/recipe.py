@@ -72,6 +72,8 @@ class Recipe(Model):
     evals_per_epoch: Whole = 1
     """How often an epoch the validation loss is taken; 0 for never."""
     saves_per_epoch: Count = 1
+    gram_rows: Whole = 0
+    """Training rows whose inputs to each adapted layer are left as X^T X beside the adapter, for regmean."""
     seed: Annotated[int, Field(ge=0, lt=2**63), NoBool] = 0
     max_bad_steps: Count = 3
     """Steps in a row with a gradient that is not finite after which the job is stopped."""
@@ -179,6 +181,7 @@ class Recipe(Model):
             checkpoint_dir=checkpoint_dir,
             # The least priority is not none: such a job would hold a slot and never train.
             weight=max(1, self.schedule.priority),
+            gram_rows=self.gram_rows,
         )
 
     def evaluation_spec(self) -> EvaluationSpec:

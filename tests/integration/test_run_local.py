@@ -24,7 +24,7 @@ from workers.manifest import verify_folder
 from workers.types import RuleOptions
 
 SHORT = {"version": 1, "base_model": "bases/tiny.yaml", "sequence_len": 96, "global_batch_size": 4}
-SHORT |= {"max_steps": 4, "learning_rate": 1e-2, "lora_r": 4}
+SHORT |= {"max_steps": 4, "learning_rate": 1e-2, "lora_r": 4, "gram_rows": 6}
 
 
 @pytest.fixture(scope="module")
@@ -162,9 +162,25 @@ def test_fuse_by_hand_with_a_rules_settings_writes_what_the_rule_makes_of_them(w
     assert PeftModel.from_pretrained(base, folder / "drawn").peft_config["default"].peft_type == "LORA"
 
 
-def _downloaded(folder):
+def test_fuse_by_hand_with_regmean_reads_what_training_left_with_registered_adapters(world):
+    folder, _ = world
+    parents = ("tiny.finance-sentiment@champion", "tiny.support@champion")
+    chorus(folder, "fuse", *parents, "--rule", "regmean", "--rank", 8, "--out", folder / "regmean")
+    copies = [_downloaded(folder, parent) for parent in parents]
+    assert all("gram.safetensors" in verify_folder(copy)["files"] for copy in copies)
+    adapters = [read_adapter(copy) for copy in copies]
+    expected, _ = fused_by_hand(adapters, [1.0, 1.0], "regmean", 8, folders=copies)
+    found = read_adapter(folder / "regmean")
+    for name, (a, b) in expected.factors.items():
+        assert torch.equal(found.factors[name][0], a), name
+        assert torch.equal(found.factors[name][1], b), name
+    released = verify_folder(folder / "release/fused")["files"]
+    assert "gram.safetensors" not in {*released, *verify_folder(folder / "regmean")["files"]}
+
+
+def _downloaded(folder, version="tiny.support@champion"):
     """The verified copy that `fuse` keeps of a registered adapter."""
-    digest = read(folder, "adapters", "show", "tiny.support@champion")["digest"]
+    digest = read(folder, "adapters", "show", version)["digest"]
     return folder / ".chorus/downloads" / digest
 
 

@@ -293,7 +293,7 @@ def test_regmean_is_the_least_squares_solution_over_the_adapters_inputs(
 
 
 def test_regmean_without_gram_matrices_is_refused_naming_the_module(parts: list[Adapter]) -> None:
-    with pytest.raises(BadInput, match=r"inputs of module '.*' of adapter 1: put its Gram matrix"):
+    with pytest.raises(BadInput, match=r"inputs of module '.*' of adapter 1: train it with gram_rows"):
         fuse(parts, WEIGHTS, "regmean")
 
 

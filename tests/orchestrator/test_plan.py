@@ -151,6 +151,8 @@ def test_plan_made_again_redoes_nothing(world: Path) -> None:
         ({"money": {"learning_rate": 0.01}}, {"finance": AFTER_TRAIN, "fused": FUSED}),
         ({"money": {"seed": 3}}, {"finance": AFTER_TRAIN, "fused": FUSED}),
         ({"money": {"lora_r": 4}}, {"finance": AFTER_TRAIN, "fused": FUSED}),
+        ({"money": {"gram_rows": 4}}, {"finance": AFTER_TRAIN, "fused": FUSED}),
+        ({"money": {"gram_rows": 0}}, {}),
         ({"money": {"evaluation": {"gates": {"loss": "<= 9"}}}}, {"finance": {"promote"}}),
         ({"money": {"registry": {"promote": False}}}, {"finance": {"promote"}}),
         (

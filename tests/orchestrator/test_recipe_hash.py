@@ -95,6 +95,7 @@ CHANGES: dict[str, Any] = {
     "max_grad_norm": None,
     "evals_per_epoch": 2,
     "saves_per_epoch": 2,
+    "gram_rows": 8,
     "seed": 1,
     "max_bad_steps": 4,
     "evaluation": {"gates": {"macro_f1": ">= 0.8000001"}},

@@ -13,7 +13,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from workers.fuse.factors import Factors, middle, norm
+from workers.fuse.factors import Factors, block_sums, middle, norm
 from workers.fuse.normal import Module
 from workers.fuse.rule import Fused
 
@@ -82,11 +82,12 @@ def effective_rank(spectrum: Tensor) -> float:
 
 def _overlap(columns: Sequence[Tensor]) -> float:
     bases = [torch.linalg.qr(part)[0] for part in columns if part.shape[1]]
-    pairs = [
-        float((one.T @ other).square().sum()) / min(one.shape[1], other.shape[1])
-        for one, other in combinations(bases, 2)
-    ]
-    return math.fsum(pairs) / len(pairs) if pairs else 0.0
+    if len(bases) < 2:
+        return 0.0
+    ranks, whole = [basis.shape[1] for basis in bases], torch.cat(bases, dim=1)
+    mass = block_sums((whole.T @ whole).square(), ranks)
+    pairs = [mass[i][j] / min(ranks[i], ranks[j]) for i, j in combinations(range(len(ranks)), 2)]
+    return math.fsum(pairs) / len(pairs)
 
 
 def _sign_conflict(shares: Sequence[Factors], weights: Sequence[float]) -> float:

@@ -5,7 +5,7 @@ Legend: M out_features, N in_features, K rank of the product, C = min(M, K), D =
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -75,9 +75,16 @@ def norm(factors: Factors) -> float:
     return float(torch.linalg.matrix_norm(middle(factors)))
 
 
-def inner(one: Factors, other: Factors) -> float:
-    """Frobenius inner product <B1 A1, B2 A2> = tr((B1^T B2) (A2 A1^T))."""
-    return float(((one.b.T @ other.b) * (one.a @ other.a.T)).sum())
+def inner_products(parts: Sequence[Factors]) -> list[list[float]]:
+    """Frobenius inner products <B_i A_i, B_j A_j> = tr((B_i^T B_j) (A_j A_i^T)) of every two."""
+    a, b = torch.cat([part.a for part in parts]), torch.cat([part.b for part in parts], dim=1)
+    return block_sums((b.T @ b) * (a @ a.T), [part.a.shape[0] for part in parts])
+
+
+def block_sums(square: Tensor, sizes: Sequence[int]) -> list[list[float]]:
+    """Of a matrix that is made of `sizes` by `sizes` blocks."""
+    rows = torch.stack([block.sum(0) for block in square.split(list(sizes))])
+    return torch.stack([block.sum(1) for block in rows.split(list(sizes), dim=1)], dim=1).tolist()
 
 
 @contextmanager

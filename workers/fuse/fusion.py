@@ -15,8 +15,8 @@ from workers.adapter import WEIGHTS, Adapter, open_adapter, verify_adapter, writ
 from workers.factor_file import Pair, write_factors
 from workers.fuse.certificate import ModuleReport, module_report
 from workers.fuse.cut import cut
-from workers.fuse.factors import Factors, one_thread
-from workers.fuse.grams import gram_of
+from workers.fuse.factors import Factors, inner_products, one_thread
+from workers.fuse.grams import gram_of, verify_grams
 from workers.fuse.in_turn import in_turn
 from workers.fuse.normal import (
     Module,
@@ -28,7 +28,7 @@ from workers.fuse.normal import (
     written,
 )
 from workers.fuse.reduced import reduced
-from workers.fuse.report import REPORT, Overlap, Spectrum, as_json, clamped, inner_products, summary
+from workers.fuse.report import REPORT, Overlap, Spectrum, as_json, clamped, summary
 from workers.fuse.rule import Options
 from workers.fuse.rules import RULES
 from workers.manifest import MANIFEST, json_digest, publish_folder, read_manifest, verify_folder
@@ -136,8 +136,8 @@ class _Done:
 
 def _one(plain: Module, plan: _Plan, asked: Options) -> _Done:
     whole, rule = _in_group(plain, plan.groups), RULES[plan.rule]
-    if plan.rule == "regmean":
-        whole = replace(whole, grams=tuple(gram_of(folder, whole.name) for folder in plan.folders))
+    if plan.folders:
+        whole = replace(whole, gram=lambda index: gram_of(plan.folders[index], whole.name))
     small, turns = reduced(whole), rule.turns
     result = cut(_scaled(rule.apply(small.turned(turns), asked), asked.scale), asked)
     report, spectrum = module_report(whole, small.module, result)
@@ -153,6 +153,8 @@ def fuse_folders(task: FuseTask) -> dict[str, Any]:
     """
     folders, out = [Path(folder) for folder in task.adapter_dirs], Path(task.out_dir)
     sources = [verify_adapter(folder) for folder in folders]
+    if task.rule == "regmean":
+        sources = [source | verify_grams(folder) for source, folder in zip(sources, folders, strict=True)]
     adapters = [open_adapter(folder) for folder in folders]
     base_digest = _common_base(folders, adapters)
     weights, options = [float(weight) for weight in task.weights], as_given(task.options)

@@ -5,7 +5,7 @@ Also the way back, from fused factors to an adapter whose run-time scaling is 1 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +27,8 @@ class Module:
     name: str
     shares: tuple[Factors, ...]
     weights: tuple[float, ...]
-    grams: tuple[Tensor | None, ...] = ()
-    """X_i^T X_i [N, N] of the inputs that adapter i was trained on; read only for rule `regmean`."""
+    gram: Callable[[int], Tensor | None] = lambda _: None
+    """X_i^T X_i [N, N] of the inputs that adapter i was trained on, if that is known; read when asked for."""
 
     @property
     def rank(self) -> int:

@@ -17,6 +17,8 @@ from workers.fuse.rule import Turns
 
 WELL = 1e-5
 """R's smallest diagonal entry over its largest, from which on B R^-1 is orthonormal to some 1e-11."""
+FAR = 1e-3
+"""The same for columns of length 1, where R comes from B^T B, which squares what rounding does: to 1e-10."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,25 @@ def _side(columns: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """R and the map x -> Q x; as B (R^-1 x) where B's columns are far from dependent."""
     if columns.shape[0] <= columns.shape[1]:
         return columns, lambda x: x
-    r = torch.linalg.qr(columns, mode="r")[1]
+    r = _by_cholesky(columns)
+    if r is None:
+        r = torch.linalg.qr(columns, mode="r")[1]
+        if not _spread(r) > WELL:
+            q, r = torch.linalg.qr(columns)
+            return r, lambda x: q @ x
+    return r, lambda x: columns @ torch.linalg.solve_triangular(r, x, upper=True)
+
+
+def _by_cholesky(columns: Tensor) -> Tensor | None:
+    """R by a Cholesky factorization of B^T B, at half of QR's cost; None where columns may be dependent."""
+    gram = columns.T @ columns
+    lengths = gram.diagonal().sqrt()
+    if not float(lengths.min()) > 0:
+        return None
+    r, failed = torch.linalg.cholesky_ex(gram / lengths / lengths[:, None], upper=True)
+    return r * lengths if not failed and _spread(r) > FAR else None
+
+
+def _spread(r: Tensor) -> float:
     diagonal = r.diagonal().abs()
-    if float(diagonal.min()) > WELL * float(diagonal.max()):
-        return r, lambda x: columns @ torch.linalg.solve_triangular(r, x, upper=True)
-    q, r = torch.linalg.qr(columns)
-    return r, lambda x: q @ x
+    return float(diagonal.min() / diagonal.max())

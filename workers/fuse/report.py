@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from workers.fuse.certificate import ModuleReport
-from workers.fuse.factors import Factors, inner
 
 REPORT = "fusion.json"
 
@@ -35,11 +34,6 @@ class Overlap:
             [self.gram[i][j] / (length[i] * length[j]) if length[i] * length[j] else 0.0 for j in size]
             for i in size
         ]
-
-
-def inner_products(shares: Sequence[Factors]) -> list[list[float]]:
-    """<D_i, D_j> of one module for every two adapters."""
-    return [[inner(one, other) for other in shares] for one in shares]
 
 
 class Spectrum:
