@@ -56,12 +56,11 @@ def wanted(asked: Collection[str], fused: bool) -> tuple[str, ...]:
 
 
 def findings(asked: Sequence[str], found: Structure) -> Iterator[Finding]:
-    """One a check. Of what cannot be loaded nothing else is told."""
+    """One a check; of what cannot be loaded nothing else is told."""
     for check in asked:
         if found.outline.problem and check not in ("digest", "loadable"):
-            why = "it cannot be loaded"
-        else:
-            why = _PROBLEMS[check](found)
+            continue
+        why = _PROBLEMS[check](found)
         words = f"structure: {check}" + (
             f" is required to be {REQUIRED[check]}, but {why}" if why else " holds"
         )

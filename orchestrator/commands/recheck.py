@@ -16,7 +16,7 @@ from orchestrator.control.submission import read_order
 from orchestrator.gate import Verdict
 from orchestrator.home import Home
 from orchestrator.judgement import Conditions, Evidence, read_conditions
-from orchestrator.registry.evaluations import read_scores
+from orchestrator.registry.evaluations import read_controls, read_scores
 from orchestrator.registry.outlines import structure_of
 from workers.types import BaseSpec
 
@@ -117,9 +117,18 @@ def scores_of(version: AdapterVersion) -> dict[str, float]:
 
 
 def _parent_scores(registry: Registry, version: AdapterVersion) -> dict[str, float]:
-    """Of every parent, the scores on its own task: what a fusion is asked to keep."""
+    """Of every parent, the scores on its own task: what a fusion is asked to keep.
+
+    As measured beside the fusion; else as the parent was registered, where that was on the same rows.
+    """
+    parents = [parent for parent in version.tags.get(PARENTS_TAG, "").split(",") if parent]
+    if not parents:
+        return {}
+    beside = read_controls(registry, version)
+    rows = {score.task: score.dataset_digest for score in _evaluation(registry, version)}
     found: dict[str, float] = {}
-    for parent in filter(None, version.tags.get(PARENTS_TAG, "").split(",")):
+    for parent in parents:
         name, _, number = parent.rpartition("/")
-        found |= scores_of(registry.version(name, number))
+        scores = beside.get(parent) or _evaluation(registry, registry.version(name, number))
+        found |= judgement.flat([score for score in scores if score.dataset_digest == rows.get(score.task)])
     return found

@@ -46,7 +46,8 @@ def _version(client: MlflowClient, version: AdapterVersion, known: set[tuple[str
     try:
         check_bytes(client, version)
     except RegistryConflict as error:
-        yield Problem(version.name, version.version, str(error))
+        words = str(error).removeprefix(f"{version.name}/{version.version} ")
+        yield Problem(version.name, version.version, words)
     for parent in parents_of(version):
         if parent not in known:
             words = f"its parent {parent[0]}/{parent[1]} is no longer in the registry"

@@ -75,6 +75,12 @@ def read_scores(registry: Registry, version: AdapterVersion, which: str = "score
     return tuple(_read(entry, rows.get(which, {}).get(entry["task"], {})) for entry in report[which])
 
 
+def read_controls(registry: Registry, version: AdapterVersion) -> dict[str, tuple[Scores, ...]]:
+    """What a fused version was measured beside, by name, without rows; its parents as `name/version`."""
+    report = json.loads(registry.read_text(version, REPORT))
+    return {name: tuple(_read(e, {}) for e in found) for name, found in report.get("controls", {}).items()}
+
+
 def _read(entry: Mapping[str, Any], rows: Mapping[str, Sequence[float]]) -> Scores:
     report = EvaluationReport(
         task_type=entry["task_type"],

@@ -194,11 +194,13 @@ def on_store(folder: Path, small: bool, seed: int, times: int) -> Outcome:
         [
             Target("versions registered", len(written), writers * count),
             Target("kills of the server", len(chaos.away), kills),
-            Target("moves made", sum(line["outcome"] == MADE for line in tried), 1 if small else 100),
+            Target(
+                "moves made", sum(line["outcome"] == MADE for line in tried), max(1, writers * count // 16)
+            ),
             Target(
                 "moves told that the other was faster",
                 sum(line["outcome"] == TOLD for line in tried),
-                0 if small else 10,
+                writers * count // 160,
             ),
             *(Target(what, len(found), 0, at_least=False) for what, found in problems.items()),
         ],

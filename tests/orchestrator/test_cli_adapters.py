@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,23 @@ def test_promote_of_a_fusion_that_keeps_too_little_of_a_parent_is_refused(world)
     world.chorus("run", world.two_jobs(evaluation={"retention": {"support.perplexity": ">= 1.5"}}))
     assert_one_sentence(world.chorus("promote", FUSED, "1"), 3, "support.perplexity is 1", "short by 0.5")
     assert champion(world, FUSED) is None
+
+
+def test_promote_of_a_fusion_counts_a_parent_only_as_scored_on_the_same_rows(world):
+    keep = {"retention": {"support.perplexity": ">= 0.5"}}
+    world.chorus("run", world.two_jobs(evaluation=keep, registry={"promote": False}, release=None))
+    fused, parent = (world.registry.version(name, "1") for name in (FUSED, SUPPORT))
+
+    def edit(version, **changes):
+        texts = world.registry._texts[version.model_id]
+        texts["eval/report.json"] = json.dumps({**json.loads(texts["eval/report.json"]), **changes})
+
+    scores = json.loads(world.registry.read_text(parent, "eval/report.json"))["scores"]
+    edit(fused, controls={})
+    edit(parent, scores=[{**score, "dataset_sha256": "0" * 64} for score in scores])
+    assert_one_sentence(world.chorus("promote", FUSED, "1"), 3, "but the parent has no support.perplexity")
+    edit(parent, scores=scores)
+    assert world.chorus("promote", FUSED, "1").exit_code == 0
 
 
 def test_promote_of_a_version_without_its_recipe_is_refused(world):
