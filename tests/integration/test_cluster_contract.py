@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cluster.local import LocalCluster
+from tests.adapters import SHAPES, random_adapter
 from tests.integration.conftest import poll_until, task_end
-from workers.adapter import read_adapter
+from workers.adapter import read_adapter, write_adapter
 from workers.manifest import verify_folder
 from workers.types import (
     Attach,
@@ -129,13 +130,21 @@ def test_cluster_task_runs_beside_a_host_that_holds_every_cpu(cluster, host, job
     (finished,) = of(trained(cluster, host, jobs[0]), TrainingFinished)
     out = tmp_path / "fused"
     cluster.submit_task("fuse", FuseTask((finished.adapter_dir,), (1.0,), "cat", None, str(out)))
-    assert cluster.task_progress("never") is None
     result = task_end(cluster, "fuse")
     assert (result.error, result.refused) == (None, False)
-    modules = len(read_adapter(out).factors)
-    assert cluster.task_progress("fuse") == Progress(modules, modules)
     assert result.value
     verify_folder(out)
+
+
+def test_cluster_task_tells_how_far_it_is(cluster, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    write_adapter(random_adapter(1), tmp_path / "adapter")
+    assert cluster.task_progress("counted") is None
+    for out in ("once", "twice"):
+        task = FuseTask((str(tmp_path / "adapter"),), (1.0,), "cat", None, str(tmp_path / out))
+        cluster.submit_task("counted", task)
+        assert task_end(cluster, "counted").error is None
+        assert cluster.task_progress("counted") == Progress(len(SHAPES), len(SHAPES))
 
 
 def test_cluster_task_that_is_wrong_is_refused_in_one_sentence(cluster, tmp_path):
