@@ -15,7 +15,7 @@ demo: .venv/installed
 
 # Two at a time, with one thread each (see tests/conftest.py); plain `.venv/bin/pytest` runs one after another.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadscope --no-loadscope-reorder
 
 # By hand, on a machine that does nothing else; CASES="ticks memory" for some of them.
 bench: .venv/installed

@@ -1,17 +1,19 @@
-"""How the suite is shared between workers: `make test` runs it as `pytest -n 2 --dist loadgroup`.
+"""How the suite is shared between workers: `make test` runs it as `pytest -n 2 --dist loadscope`.
 
 A file stays on one worker, with the fixtures that it sets up once, and so do the files that share one Ray.
 The tests of a file that are long and share nothing may go apart. The longest come first, so that none is left
 over at the end. Without `-n` this is only an order.
+
+pytest-xdist 3.8's own groups (`--dist loadgroup`) have no effect with pytest 9.2, which no longer reads the
+attribute by which they are told; so the scheduler is told here which tests go together.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-TESTS = Path(__file__).parent
 LONGEST = (
     "integration/test_run_killed.py",
     "integration/test_run_disk_full.py",
@@ -32,21 +34,31 @@ RAY = "integration/test_cluster"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: place(file_of(item)))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=lambda item: place(file_of(item.nodeid)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    return ByGroup(config, log)
 
 
 def place(file: str) -> int:
     return next((number for number, prefix in enumerate(LONGEST) if file.startswith(prefix)), len(LONGEST))
 
 
-def group(item: pytest.Item) -> str:
-    file = file_of(item)
+def group(nodeid: str) -> str:
+    file = file_of(nodeid)
     if file.startswith(RAY):
         return RAY
-    return item.nodeid if file in APART else file
+    return nodeid if file in APART else file
 
 
-def file_of(item: pytest.Item) -> str:
-    return item.path.relative_to(TESTS).as_posix()
+def file_of(nodeid: str) -> str:
+    """Below `tests/`."""
+    return nodeid.partition("::")[0].removeprefix("tests/")
