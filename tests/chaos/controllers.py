@@ -105,10 +105,12 @@ class Struck:
                 time.sleep(chance.uniform(0, LONGEST_LIFE))
                 process.kill()
                 process.wait()
-                known, began = self.steps, time.monotonic()
+                known, over, began = self.steps, self.trained, time.monotonic()
                 process = self.start()
                 self.wait(process, lambda known=known: self.steps > known or self.trained)
                 same = {rank.pid for rank in ranks()} == processes
+                if over:
+                    break
                 kills.append(Kill(time.monotonic() - began, self.steps - known, same))
                 print(f"{len(kills)}: {kills[-1]}", flush=True)
             self.wait(process, lambda: all(job.status.finished for job in self.store.jobs()))
