@@ -65,9 +65,15 @@ class JobOptimizer:
     def tensors(self) -> dict[str, Tensor]:
         """A copy in host memory of everything AdamW remembers, by name."""
         state = self.adamw.state.get(self.slot.weights, {})
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+        return {name: self._outward(tensor.detach()).to("cpu", copy=True) for name, tensor in state.items()}
+
+    def _outward(self, x: Tensor) -> Tensor:
+        return self.slot.outward(x) if x.ndim else x
+
+    def _inward(self, x: Tensor) -> Tensor:
+        return self.slot.inward(x) if x.ndim else x
 
     def restore(self, tensors: dict[str, Tensor], steps_done: int) -> None:
-        state = {0: tensors} if tensors else {}
+        state = {0: {name: self._inward(x) for name, x in tensors.items()}} if tensors else {}
         self.adamw.load_state_dict({**self.adamw.state_dict(), "state": state})
         self.set_step(steps_done)

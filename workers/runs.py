@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.arena import Neighbours
 from workers.head import SAME_KERNEL_ROWS
 from workers.products import Batched, Grouped
 from workers.slots import Factors
@@ -62,13 +63,21 @@ class Run(ABC):
         """Whether the two may be one run."""
 
     @cached_property
-    def a_grads(self) -> list[Tensor]:
-        """Where each job's dA is summed."""
-        return [f.a_grad for f in self.factors]
+    def a(self) -> Neighbours:
+        return Neighbours([f.a for f in self.factors])
 
     @cached_property
-    def b_grads(self) -> list[Tensor]:
-        return [f.b_grad for f in self.factors]
+    def b(self) -> Neighbours:
+        return Neighbours([f.b for f in self.factors])
+
+    @cached_property
+    def a_grad(self) -> Neighbours:
+        """Where each job's dA is summed."""
+        return Neighbours([f.a_grad for f in self.factors])
+
+    @cached_property
+    def b_grad(self) -> Neighbours:
+        return Neighbours([f.b_grad for f in self.factors])
 
     @cached_property
     def scalings(self) -> tuple[float, ...]:
@@ -100,7 +109,7 @@ class ExactRun(Run):
     """PEFT's operations in PEFT's order. s may move to the narrow product if it is a power of two."""
 
     def add_update(self, x_ND: Tensor, y_NO: Tensor) -> Kept:
-        a_JrD, b_JOr = _stack([f.a for f in self.factors]), _stack([f.b for f in self.factors])
+        a_JrD, b_JOr = self.a.read(), self.b.read()
         down_Nr = self.products.by_rows(self._input(x_ND), a_JrD)
         down_Nr = self._scaled(down_Nr) if self.scaling_is_exact else down_Nr
         update_NO = self.products.by_rows(down_Nr, b_JOr)
@@ -114,8 +123,8 @@ class ExactRun(Run):
         d_down_Nr = self._scaled(d_down_Nr) if self.scaling_is_exact else d_down_Nr
         da_JrD = self.products.outer(d_down_Nr, self._input(x_ND))
         db_JOr = self.products.outer(grad_NO, kept.down_Nr)
-        torch._foreach_add_(self.a_grads, da_JrD.unbind())
-        torch._foreach_add_(self.b_grads, db_JOr.unbind())
+        self.a_grad.add(da_JrD)
+        self.b_grad.add(db_JOr)
         if dx_ND is None:
             return
         dx_ND = dx_ND[self.start : self.stop]
@@ -135,8 +144,7 @@ class FusedRun(Run):
     """Fewest passes over wide tensors. Ranks of one bucket go together, filled up with zeros."""
 
     def add_update(self, x_ND: Tensor, y_NO: Tensor) -> Kept:
-        a_JrD = _stack([_filled(f.a, self.rank) for f in self.factors])
-        b_JrO = _stack([_filled(f.b.t(), self.rank) for f in self.factors])
+        a_JrD, b_JrO = self._filled(self.a), self._filled(self.b)
         down_Nr = self._scaled(self.products.by_rows(self._input(x_ND), a_JrD))
         self.products.add_by_columns(y_NO[self.start : self.stop], down_Nr, b_JrO)
         return Kept(a_JrD, b_JrO, down_Nr)
@@ -146,9 +154,8 @@ class FusedRun(Run):
         d_down_Nr = self._scaled(self.products.by_rows(grad_NO, kept.b))
         da_JrD = self.products.outer(d_down_Nr, self._input(x_ND))
         db_JrO = self.products.outer(kept.down_Nr, grad_NO)
-        ranks = [f.r for f in self.factors]
-        torch._foreach_add_(self.a_grads, [da[:r] for r, da in zip(ranks, da_JrD, strict=True)])
-        torch._foreach_add_(self.b_grads, [db[:r].t() for r, db in zip(ranks, db_JrO, strict=True)])
+        self._cut_and_add(self.a_grad, da_JrD)
+        self._cut_and_add(self.b_grad, db_JrO)
         if dx_ND is None:
             return
         if self.mask_ND is None:
@@ -158,6 +165,28 @@ class FusedRun(Run):
 
     def alike(self, other: Run) -> bool:
         return bucket(self.rank) == bucket(other.rank)
+
+    def _filled(self, factors: Neighbours) -> Tensor:
+        """[J, r, K] at the run's rank."""
+        if all(f.r == self.rank for f in self.factors):
+            return factors.read()
+        return torch.stack([F.pad(x_rK, (0, 0, 0, self.rank - len(x_rK))) for x_rK in factors.each])
+
+    def _cut_and_add(self, gradients: Neighbours, x_JrK: Tensor) -> None:
+        if gradients.all is not None:
+            gradients.add(x_JrK[:, : self.factors[0].r])
+        else:
+            cut = [x_rK[: f.r] for f, x_rK in zip(self.factors, x_JrK, strict=True)]
+            torch._foreach_add_(gradients.each, cut)
+
+    @cached_property
+    def b(self) -> Neighbours:
+        """Transposed, as fused slots have it."""
+        return Neighbours([f.b.t() for f in self.factors])
+
+    @cached_property
+    def b_grad(self) -> Neighbours:
+        return Neighbours([f.b_grad.t() for f in self.factors])
 
 
 def new_dx(runs: Sequence[Run], x_ND: Tensor) -> Tensor:
@@ -191,12 +220,3 @@ def _joined(runs: Sequence[Run]) -> Run:
     ends = torch.tensor([run.stop - first.start for run in runs], dtype=torch.int32)
     products = Grouped(ends.to(factors[0].a.device, non_blocking=True))
     return type(first)(first.start, last.stop, factors, products, bucket(first.rank))
-
-
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """[J, ...], contiguous; a view where that will do."""
-    return tensors[0].contiguous().unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
-
-
-def _filled(x_rK: Tensor, rank: int) -> Tensor:
-    return F.pad(x_rK, (0, 0, 0, rank - len(x_rK))) if len(x_rK) < rank else x_rK

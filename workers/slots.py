@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.adapter import Adapter, lora_scaling, short_names
+from workers.arena import Arenas
 from workers.dropout import seed_of
 from workers.types import AdapterSpec, BadInput
 
@@ -54,25 +55,57 @@ class Slot:
         dropout: float,
         products: torch.dtype,
         fused: bool,
+        arenas: Arenas,
     ) -> None:
         """`values[layer]` are A and B as they start. Layers multiply by copies in `products`."""
         self.fused = fused
-        flat = torch.cat([tensor.flatten() for pair in values.values() for tensor in pair])
+        self._shapes = [tensor.shape for pair in values.values() for tensor in pair]
+        start = self.inward(torch.cat([tensor.flatten() for pair in values.values() for tensor in pair]))
+        self.place = arenas.take("weights", len(start), start.dtype)
+        gradient = arenas.take("gradients", len(start), start.dtype)
+        self._places = [self.place, gradient]
+        flat = self.place.values.copy_(start)
         self.weights = nn.Parameter(flat)
-        self.weights.grad = torch.zeros_like(flat)
-        self._read = flat if products == flat.dtype else flat.to(products)
-        shapes = [tensor.shape for pair in values.values() for tensor in pair]
-        self.grads = _views(self.weights.grad, shapes)
-        self._weights = dict(zip(values, _pairs(_views(flat, shapes)), strict=True))
-        pairs = zip(values, _pairs(_views(self._read, shapes)), _pairs(self.grads), strict=True)
+        self.weights.grad = gradient.values
+        self._read = flat
+        if products != flat.dtype:
+            self._places.append(arenas.take("read", len(start), products))
+            self._read = self._places[-1].values.copy_(flat)
+        self.grads = self._views(self.weights.grad)
+        self._weights = dict(zip(values, _pairs(self._views(flat)), strict=True))
+        pairs = zip(values, _pairs(self._views(self._read)), _pairs(self.grads), strict=True)
         self.factors = {
             layer: Factors(a, b, a_grad, b_grad, scaling[layer], dropout)
             for layer, (a, b), (a_grad, b_grad) in pairs
         }
 
+    def _views(self, x_n: Tensor) -> list[Tensor]:
+        """A, B, A, B, ... in numbers as they lie here: fused products read B transposed, so it lies so."""
+        lying = [
+            shape[::-1] if self.fused and number % 2 else shape for number, shape in enumerate(self._shapes)
+        ]
+        views = _views(x_n, lying)
+        return [view.t() if self.fused and number % 2 else view for number, view in enumerate(views)]
+
+    def outward(self, x_n: Tensor) -> Tensor:
+        """Numbers of this slot, one a weight, in a checkpoint's order: A and B of each layer, by rows."""
+        return torch.cat([view.flatten() for view in self._views(x_n)]) if self.fused else x_n
+
+    def inward(self, x_n: Tensor) -> Tensor:
+        """What `outward` gave, as it lies here."""
+        if not self.fused:
+            return x_n
+        views = _views(x_n, self._shapes)
+        return torch.cat([(v.t() if number % 2 else v).flatten() for number, v in enumerate(views)])
+
     def values(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Layer -> (A, B), views in the precision they are trained in."""
         return self._weights
+
+    def give_back(self) -> None:
+        """Let others have its memory: nothing may use the slot any more."""
+        for place in self._places:
+            place.give_back()
 
     def refresh(self) -> None:
         """Let the products see what the optimizer, or a checkpoint, has written."""
@@ -97,6 +130,7 @@ class Slots:
         self._device = device
         self.arithmetic: Arithmetic = arithmetic
         self._products = dtype if arithmetic == "fused" else self._dtype
+        self.arenas = Arenas(device)
         self._slots: dict[int, Slot] = {}
         self.version = 0
         """Changes whenever a slot is filled or emptied."""
@@ -154,10 +188,7 @@ class Slots:
     def export(self, slot: int, spec: AdapterSpec, base_model: str) -> Adapter:
         """A copy of the adapter in `slot` in host memory, as it would be saved."""
         held = self._slots[slot].values()
-        factors = {
-            name: (a.detach().to("cpu", copy=True), b.detach().to("cpu", copy=True))
-            for name, (a, b) in held.items()
-        }
+        factors = {name: (_copy(a), _copy(b)) for name, (a, b) in held.items()}
         return Adapter(
             factors,
             spec.r,
@@ -170,7 +201,8 @@ class Slots:
 
     def free(self, slot: int) -> None:
         """Empty `slot`; an empty one stays empty."""
-        self._slots.pop(slot, None)
+        if held := self._slots.pop(slot, None):
+            held.give_back()
         self.version += 1
 
     def _put(
@@ -184,14 +216,20 @@ class Slots:
             return tensor.to(self._device, self._dtype)
 
         moved = {name: (placed(a), placed(b)) for name, (a, b) in values.items()}
-        self.version += 1
-        self._slots[slot] = Slot(moved, scaling, dropout, self._products, self.arithmetic == "fused")
-        return self._slots[slot]
+        self.free(slot)
+        made = Slot(moved, scaling, dropout, self._products, self.arithmetic == "fused", self.arenas)
+        self._slots[slot] = made
+        return made
 
 
 def _views(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     parts = flat.split([shape.numel() for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _copy(x: Tensor) -> Tensor:
+    """In host memory, contiguous."""
+    return x.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _pairs(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -18,6 +18,7 @@ from tests.bench.measure import Setting
 from tests.bench.record import Bars, Outcome, Table, Target
 from tests.bench.systems import Residents
 from tests.bench.workload import Point, make_jobs
+from workers.arena import Arenas
 from workers.ranks import Ranks
 from workers.types import Attached, BaseSpec, JobSpec
 
@@ -91,12 +92,21 @@ def _grow(base: BaseSpec, jobs: Sequence[JobSpec], counts: Sequence[int]) -> tup
             events = residents.attach(left.pop(0))
             trainable = next(e.trainable_parameters for e in events if isinstance(e, Attached))
         residents.steps(3 * count)
-        held.append(Held(count, _live_bytes(), _resident_set(), _saved_bytes(residents, count)))
+        held.append(
+            Held(
+                count,
+                _live_bytes(residents.host.base.slots.arenas),
+                _resident_set(),
+                _saved_bytes(residents, count),
+            )
+        )
     return trainable, held
 
 
-def _live_bytes() -> int:
-    return sum(_live_storages().values())
+def _live_bytes(arenas: Arenas) -> int:
+    """Of an arena, those of its rows that some adapter has."""
+    others = [size for address, size in _live_storages().items() if address not in arenas.addresses]
+    return sum(others) + arenas.bytes
 
 
 def _live_storages() -> dict[int, int]:

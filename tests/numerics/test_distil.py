@@ -159,7 +159,7 @@ def test_distillation_validates_on_every_teachers_rows_by_weight(tmp_path):
     for name, kept in (("both", teachers), ("left", teachers[:1]), ("right", teachers[1:])):
         host = Host.load(base, Ranks())
         host.apply(Attach(student(tmp_path, kept, name)))
-        found.append(host._validate(host.residents[name]))
+        found.append(host.training.validate(host.residents[name]))
     both, left, right = found
     assert both == pytest.approx((left + 2 * right) / 3, rel=1e-6)
 

@@ -31,12 +31,13 @@ def gradients(arithmetic, segments):
     for slot, spec in enumerate(SPECS):
         values = slots.create(slot, spec, seed=slot).values()
         for _, b in values.values():
-            b.normal_()
+            b.copy_(torch.randn(b.shape))
     x = torch.randn(sum(ROWS) + 1, 16, 32, requires_grad=True)
     with adapters.rows(segments):
         y = model(x)
     (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
-    return y.detach(), x.grad, [slots[slot].weights.grad for slot in range(len(SPECS))], adapters
+    grads = [slots[slot].outward(slots[slot].weights.grad) for slot in range(len(SPECS))]
+    return y.detach(), x.grad, grads, adapters
 
 
 def segments():
