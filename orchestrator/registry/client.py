@@ -88,6 +88,11 @@ def exists_already(error: MlflowException) -> bool:
     return error.error_code in ("RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS")
 
 
+def added_by_another(error: MlflowException) -> bool:
+    """Whether a row that the server was to add had just been added: in SQLite's words, or PostgreSQL's."""
+    return any(words in str(error) for words in ("UNIQUE constraint failed", "duplicate key value"))
+
+
 def pages(search: Callable[..., Any], **arguments: Any) -> Iterator[Any]:
     """Every result of one of the client's paged searches."""
     token = None

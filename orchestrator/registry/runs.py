@@ -9,17 +9,26 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_LOGGED_ARTIFACTS
 
 from orchestrator.contracts import MetricPoint, Scores
 from orchestrator.registry import plots
-from orchestrator.registry.client import MAX_METRICS, MAX_PARAMS, MAX_TAGS, experiment_id, metric_key, quoted
+from orchestrator.registry.client import (
+    MAX_METRICS,
+    MAX_PARAMS,
+    MAX_TAGS,
+    added_by_another,
+    experiment_id,
+    metric_key,
+    quoted,
+)
 from orchestrator.registry.evaluations import as_json, json_value
 
 KEY_TAG = "chorus.key"
@@ -71,7 +80,14 @@ def log_points(client: MlflowClient, run_id: str, points: Sequence[MetricPoint])
 def log_inputs(client: MlflowClient, run_id: str, datasets: Mapping[str, tuple[str, str]]) -> None:
     """Data sets by context; the whole digest goes into the tag `data.<context>.sha256`."""
     inputs = [_dataset_input(context, path, digest) for context, (path, digest) in datasets.items()]
-    client.log_inputs(run_id, datasets=inputs)
+    for turn in count():
+        try:
+            client.log_inputs(run_id, datasets=inputs)
+            break
+        except MlflowException as error:
+            # Another run of the experiment added a data set after MLflow had looked for it: now it is found.
+            if not added_by_another(error) or turn == len(inputs):
+                raise
     tags = [RunTag(f"data.{context}.sha256", digest) for context, (_, digest) in datasets.items()]
     client.log_batch(run_id, tags=tags)
 

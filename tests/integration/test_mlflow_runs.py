@@ -2,8 +2,10 @@
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import yaml
@@ -172,3 +174,22 @@ def test_evaluation_with_nan_and_chinese_labels_is_valid_json_and_is_drawn(regis
 )
 def test_metric_key_holds_only_what_mlflow_allows(parts, key):
     assert metric_key(*parts) == key
+
+
+def test_runs_of_one_experiment_that_name_the_same_new_data_at_once_all_have_it(registry, client):
+    """MLflow looks whether a data set is there and then adds it: the second who adds it fails."""
+    experiment, count = f"inputs-{uuid4().hex}", 6
+    runs = [registry.start_run(f"{experiment}-{n}", experiment, f"run-{n}", {}, {}) for n in range(count)]
+    together = threading.Barrier(count, timeout=30)
+
+    def tell(run: str) -> None:
+        for number in range(8):
+            together.wait()
+            registry.log_inputs(run, {f"context-{number}": (f"data/{experiment}/{number}", "0" * 64)})
+
+    with ThreadPoolExecutor(count) as pool:
+        for told in [pool.submit(tell, run) for run in runs]:
+            told.result()
+    for run in runs:
+        inputs = client.get_run(run).inputs.dataset_inputs
+        assert len({each.dataset.name for each in inputs}) == len(inputs) == 8
