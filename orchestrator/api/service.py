@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import getpass
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from orchestrator.recipe.pipeline import load_pipeline
 from orchestrator.recipe.teams import load_policy
 from orchestrator.store.rows import JobRow, RequestKind
 from orchestrator.store.store import NoSuchJob, Store
+from orchestrator.who import user
 
 Value = dict[str, Any]
 Seen = tuple[int, int]
@@ -105,7 +105,7 @@ class HomeService:
         self._home = home
         self._open_store = open_store
         self._open_registry = open_registry
-        self._who = who or user()
+        self._who = who or caller()
 
     @cached_property
     def _store(self) -> Store:
@@ -198,12 +198,9 @@ class HomeService:
         return {"jobs": [job.id for job in jobs], "done": done}
 
 
-def user() -> str:
-    """Who runs this process, for the events."""
-    try:
-        return getpass.getuser()[:80]
-    except (KeyError, OSError):
-        return "user"
+def caller() -> str:
+    """Who gives this command, for the events."""
+    return user()[:80]
 
 
 def _shown(store: Store, everything: bool) -> tuple[JobRow, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from orchestrator.api.outcome import read_outcome
-from orchestrator.api.service import NOTHING_SEEN, Service, Value
+from orchestrator.api.service import Service, Value
 from orchestrator.commands.outcome_table import exit_code, show_outcome
 from orchestrator.commands.output import Format, duration, emit, figure, grid, moment
 from orchestrator.job import FINISHED
@@ -114,7 +114,7 @@ def _follow(service: Service, found: Value, format: Format) -> Value:
         if found["job"]["status"] in FINISHED:
             return found["job"]
         time.sleep(FOLLOW_SECONDS)
-        first, second = found["seen"] or NOTHING_SEEN
+        first, second = found["seen"]
         found = service.lines(found["job"]["id"], (first, second))
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from orchestrator.api import errors
 from orchestrator.api.outcome import outcome
 from orchestrator.api.planning import releases
-from orchestrator.api.service import user
+from orchestrator.api.service import caller
 from orchestrator.api.submitting import Submitted, plan_of, put
 from orchestrator.api.views import job_view, why
 from orchestrator.commands.leftovers import remove_unpublished
@@ -65,7 +65,7 @@ def run(parts: Parts, options: RunOptions) -> int:
     with told_of_a_full_disk(options.home, _same_again(options)), ExitStack() as stack:
         store = stack.enter_context(parts.store(options.home))
         plan, digests = plan_of(pipeline, lambda: parts.registry(options.home), stack, options.cluster.local)
-        submitted = put(store, plan, digests, user())
+        submitted = put(store, plan, digests, caller())
         if submitted.nothing_to_do:
             out.print(f"nothing to do: every step of {plan.name} is done")
             return _conclude(store, submitted.run, options, out)

@@ -9,10 +9,8 @@ Protocols.
 
 from __future__ import annotations
 
-import getpass
 import logging
 import os
-import platform
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -42,6 +40,7 @@ from orchestrator.scheduler import Decision, schedule
 from orchestrator.store.engine import StoreUnreachable
 from orchestrator.store.rows import JobRow
 from orchestrator.store.store import Store
+from orchestrator.who import user_at_machine
 from workers.types import BadInput, Superseded
 
 TICK_SECONDS = 0.1
@@ -143,7 +142,7 @@ class Controller:
 
         Call once, before the first tick.
         """
-        going = adopt(self._work, self._run, f"{getpass.getuser()}@{platform.node()} ({os.getpid()})")
+        going = adopt(self._work, self._run, f"{user_at_machine()} ({os.getpid()})")
         self._requeue(Reason.CONTROLLER_RESTARTED, going)
 
     def tick(self) -> bool:

@@ -11,10 +11,7 @@ carry the move's token, and one of them wins.
 
 from __future__ import annotations
 
-import getpass
 import json
-import os
-import socket
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +24,7 @@ from mlflow.tracking import MlflowClient
 from orchestrator.contracts import AdapterVersion, RegistryConflict, ReleaseRecord
 from orchestrator.registry.client import PAGE, experiment_id, pages, quoted
 from orchestrator.registry.versions import runs_of
+from orchestrator.who import user_at_machine
 
 RELEASES = "releases"
 Kind = Literal["promote", "rollback"]
@@ -89,7 +87,7 @@ def write(
         "release.kind": kind,
         "release.from": str(champion or 0),
         "release.to": str(target.version),
-        "release.who": who(),
+        "release.who": user_at_machine(),
         "release.reason": reason[:MAX_TAG],
         "release.figures": json.dumps(dict(figures)),
         "release.token": uuid.uuid4().hex,
@@ -136,15 +134,6 @@ def withdraw(client: MlflowClient, move: Move, why: str) -> None:
     """Leave a move that was not made in the record as one that failed."""
     client.set_tag(move.run_id, "release.lost", why)
     client.set_terminated(move.run_id, "FAILED")
-
-
-def who() -> str:
-    """user@machine; a process without a name in the user table goes by its number."""
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError):
-        user = str(os.getuid())
-    return f"{user}@{socket.gethostname()}"
 
 
 def _anchor(client: MlflowClient, name: str) -> str:
