@@ -7,7 +7,6 @@ compute with is refused here, so that everything behind this file is plain LoRA.
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from workers.adapter_config import CONFIG, pattern_value, plain_targets, read_config
+from workers.adapter_config import CONFIG, lora_scaling, pattern_value, plain_targets, read_config
 from workers.factor_file import Pair, StoredFactors, keys_of, not_whole, pair_up
 from workers.manifest import MANIFEST, CorruptFolder, file_digest, read_manifest
 from workers.tensors import save_tensors
@@ -62,11 +61,6 @@ class Adapter:
         """What `B @ A` of the module is multiplied by."""
         rank = self.described[name][0].shape[0]
         return lora_scaling(self.alpha_pattern.get(name, self.lora_alpha), rank, self.use_rslora)
-
-
-def lora_scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
-    """lora_alpha / r (arXiv 2106.09685 section 4.1), or lora_alpha / sqrt(r) with rsLoRA (2312.03732)."""
-    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 
 
 def short_names(chosen: Collection[str], every: Collection[str]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ Default deny: a key not known here may change what the adapter computes, so a va
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,6 +71,11 @@ def pattern_value(pattern: Mapping[str, float] | None, name: str) -> float | Non
     return next(
         (value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), None
     )
+
+
+def lora_scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
+    """lora_alpha / r (arXiv 2106.09685 section 4.1), or lora_alpha / sqrt(r) with rsLoRA (2312.03732)."""
+    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 
 
 def plain_targets(config: Mapping[str, Any]) -> tuple[str, ...]:

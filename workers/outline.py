@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from workers.adapter_config import CONFIG, pattern_value, read_config
+from workers.adapter_config import CONFIG, lora_scaling, pattern_value, read_config
 from workers.types import BadInput
 
 WEIGHTS = "adapter_model.safetensors"
@@ -136,9 +136,8 @@ def _check_ranks(config: Mapping[str, Any], ranks: Mapping[str, int]) -> None:
 
 
 def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
-    """As `workers.adapter.lora_scaling`."""
     alpha = pattern_value(config.get("alpha_pattern"), name) or float(config["lora_alpha"])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return lora_scaling(alpha, rank, bool(config.get("use_rslora")))
 
 
 def _not_finite(path: Path, entries: Mapping[str, Any], begin: int) -> Iterator[str]:

@@ -15,7 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from workers.adapter import Adapter, lora_scaling, short_names
+from workers.adapter import Adapter, short_names
+from workers.adapter_config import lora_scaling
 from workers.arena import Arenas
 from workers.dropout import seed_of
 from workers.types import AdapterSpec, BadInput

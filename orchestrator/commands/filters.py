@@ -6,12 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.commands.recheck import scores_of
+from orchestrator.commands.recheck import parents_of, scores_of
 from orchestrator.contracts import AdapterVersion
 from orchestrator.gate import METRICS, parse_bound, unknown_metric
 from workers.types import BadInput
 
-PARENTS_TAG = "fusion.parents"
 _CONDITION = re.compile(r"\s*(?P<key>[\w@.-]+?)\s*(?P<bound>[<>]=?.*)")
 
 
@@ -57,7 +56,7 @@ def _of_base(version: AdapterVersion, base: str | None) -> bool:
 
 
 def _of_parent(version: AdapterVersion, parent: str | None) -> bool:
-    parents = [entry for entry in version.tags.get(PARENTS_TAG, "").split(",") if entry]
+    parents = parents_of(version)
     return parent is None or any(parent in (entry, entry.rpartition("/")[0]) for entry in parents)
 
 

@@ -12,10 +12,9 @@ from rich.console import Console
 
 from orchestrator.bootstrap import Interval
 from orchestrator.commands.adapters import find
-from orchestrator.commands.filters import PARENTS_TAG
 from orchestrator.commands.output import Format, emit, figure, grid, moment
 from orchestrator.commands.parts import Parts
-from orchestrator.commands.recheck import of_name, scores_of
+from orchestrator.commands.recheck import of_name, parents_of, scores_of
 from orchestrator.contracts import AdapterVersion, NoSuchVersion, Registry, ReleaseRecord
 from orchestrator.home import Home
 from orchestrator.judgement import as_json, difference, read_conditions
@@ -86,7 +85,7 @@ def _node(version: AdapterVersion) -> dict[str, Any]:
 
 
 def _parents(version: AdapterVersion, known: Mapping[str, AdapterVersion]) -> list[dict[str, Any]]:
-    names = [entry for entry in version.tags.get(PARENTS_TAG, "").split(",") if entry]
+    names = parents_of(version)
     return [
         {**_node(known[name]), "parents": _parents(known[name], known)}
         if name in known
@@ -97,7 +96,7 @@ def _parents(version: AdapterVersion, known: Mapping[str, AdapterVersion]) -> li
 
 def _children(version: AdapterVersion, known: Mapping[str, AdapterVersion]) -> list[dict[str, Any]]:
     own = label(version)
-    made = [other for other in known.values() if own in other.tags.get(PARENTS_TAG, "").split(",")]
+    made = [other for other in known.values() if own in parents_of(other)]
     return [{**_node(other), "children": _children(other, known)} for other in made]
 
 

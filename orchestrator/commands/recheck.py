@@ -37,7 +37,7 @@ def judge(registry: Registry, version: AdapterVersion, base: Callable[[], Path |
         parents=_parent_scores(registry, version),
         champion=None if champion is None else _evaluation(registry, champion),
         structure=structure_of(registry, version, of_base),
-        fused=bool(version.tags.get(PARENTS_TAG)),
+        fused=bool(parents_of(version)),
     )
     return judgement.judge(conditions, evidence)
 
@@ -103,6 +103,11 @@ def known_base(parts: Parts, home: Home, digest: str) -> BaseSpec | None:
     return next((spec for spec in reversed(specs) if spec.digest == digest), None)
 
 
+def parents_of(version: AdapterVersion) -> list[str]:
+    """`name/version` of each adapter that it was fused from."""
+    return [parent for parent in version.tags.get(PARENTS_TAG, "").split(",") if parent]
+
+
 def champion_of(registry: Registry, name: str) -> AdapterVersion | None:
     try:
         return registry.version(name, CHAMPION)
@@ -121,7 +126,7 @@ def _parent_scores(registry: Registry, version: AdapterVersion) -> dict[str, flo
 
     As measured beside the fusion; else as the parent was registered, where that was on the same rows.
     """
-    parents = [parent for parent in version.tags.get(PARENTS_TAG, "").split(",") if parent]
+    parents = parents_of(version)
     if not parents:
         return {}
     beside = read_controls(registry, version)

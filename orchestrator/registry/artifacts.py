@@ -17,8 +17,9 @@ from mlflow.tracking import MlflowClient
 from requests import HTTPError
 
 from orchestrator.contracts import AdapterVersion, NoSuchVersion, RegistryConflict
+from orchestrator.judgement import GATE_TAG
 from orchestrator.registry.client import is_absent, server_of
-from orchestrator.registry.versions import ADAPTER_TAG, GATE_TAG, MANIFEST_TAG
+from orchestrator.registry.versions import ADAPTER_TAG, MANIFEST_TAG
 from workers.manifest import (
     MANIFEST,
     CorruptFolder,

@@ -15,11 +15,12 @@ from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 
 from orchestrator.contracts import AdapterVersion, NoSuchVersion, RegistryConflict, ReleaseRecord
+from orchestrator.judgement import GATE_TAG
 from orchestrator.registry import releases
 from orchestrator.registry.artifacts import check_bytes
 from orchestrator.registry.client import metric_key
 from orchestrator.registry.releases import Kind, Move
-from orchestrator.registry.versions import GATE_TAG, aliases_of, one_version, set_tags
+from orchestrator.registry.versions import aliases_of, one_version, set_tags
 from workers.types import BadInput
 
 CHAMPION, PREVIOUS = "champion", "previous"

@@ -18,6 +18,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from orchestrator.contracts import AdapterVersion, NewVersion, Scores
+from orchestrator.judgement import GATE_TAG
 from orchestrator.registry import answers, evaluations, plots
 from orchestrator.registry.artifacts import check_upload, stored_manifest
 from orchestrator.registry.client import PAGE, exists_already, metric_key, pages, quoted
@@ -25,7 +26,6 @@ from orchestrator.registry.fusion_plots import fusion_plots
 from orchestrator.registry.runs import dataset
 from orchestrator.registry.versions import (
     ADAPTER_TAG,
-    GATE_TAG,
     LINK_TAG,
     MANIFEST_TAG,
     PARENTS_TAG,

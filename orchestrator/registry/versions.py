@@ -20,7 +20,6 @@ from workers.types import BadInput
 STEP_TAG = "chorus.step_id"
 ADAPTER_TAG = "adapter.digest"
 MANIFEST_TAG = "manifest.digest"
-GATE_TAG = "gate.status"
 PARENTS_TAG = "fusion.parents"
 LINK_TAG = "mlflow.modelVersions"
 """MLflow's own link from a LoggedModel to its versions, as `mlflow.register_model` writes it."""
