@@ -63,6 +63,7 @@ class Rank:
         # Before torch and DeepSpeed are imported: both read theirs when they are, threads among them.
         os.environ.update(environment)
         self._card, self._rank = card, rank
+        self._reserved = socket.socket()
         self._group = get_current_placement_group()
         self._loop: threading.Thread | None = None
         self._error: Exception | None = None
@@ -70,10 +71,13 @@ class Rank:
         threading.Thread(target=self._give_up, daemon=True).start()
 
     def endpoint(self) -> Endpoint:
-        """This node's address and a port that is free on it now."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+        """This node's address and a port of its own, which no other host on it can choose.
+
+        Bound and never listened on: with SO_REUSEADDR on both, torch's store can bind it as well.
+        """
+        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._reserved.bind(("", 0))
+        return ray.util.get_node_ip_address(), self._reserved.getsockname()[1]
 
     def begin(self, *endpoints: Endpoint) -> None:
         """Load the base and serve until Close. `endpoints` are those of all ranks, in rank order."""

@@ -36,6 +36,7 @@ LOG = "server.log"
 DATABASE = "mlflow.db"
 STORE = "store"
 """Says where the versions of this home are, once a server has answered."""
+PORTS_TRIED = 5
 STORE_VARIABLE = "CHORUS_REGISTRY_STORE"
 """postgresql://USER[:PASSWORD]@HOST/DATABASE for MLflow's tables; SQLite in the home unless it is set."""
 
@@ -76,8 +77,9 @@ def start(home: Path, port: int | None = None, seconds: float = 120.0) -> Tracki
     """The server of `home`, started unless a command is running it already; answers `/health` on return.
 
     `port` None takes the port of the last start if it is free, else any free one, so that a restarted server
-    keeps its address. Raises BadInput if the wanted port is taken or the versions are in another store,
-    ServerFailed if the server is not up in `seconds`.
+    keeps its address; yet another one if something took that while the server was starting. Raises BadInput
+    if the wanted port is taken or the versions are in another store, ServerFailed if the server is not up in
+    `seconds`.
     """
     folder = home.resolve() / "mlflow"
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,9 +91,7 @@ def start(home: Path, port: int | None = None, seconds: float = 120.0) -> Tracki
             url = _watched_url(folder)
             if url and _becomes_healthy(url, folder, seconds):
                 return TrackingServer(url, home, folder / LOG, False, users, None)
-            url = f"http://127.0.0.1:{_choose_port(folder, port)}"
-            watcher = _launch(folder, url, lock)
-            _wait_answered(folder, watcher, seconds)
+            url, watcher = _start(folder, port, lock, seconds)
             (folder / STORE).write_text(store_words())
         except BaseException:
             users.close()
@@ -210,6 +210,23 @@ def _port_is_free(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def _start(folder: Path, port: int | None, lock: int, seconds: float) -> tuple[str, subprocess.Popen[bytes]]:
+    """The address of a server that has answered, and its watcher. A port is nobody's until it is bound: one
+    that another process took between our look and the server's start is given up for another."""
+    for tries_left in reversed(range(PORTS_TRIED)):
+        chosen = _choose_port(folder, port)
+        url = f"http://127.0.0.1:{chosen}"
+        watcher = _launch(folder, url, lock)
+        try:
+            _wait_answered(folder, watcher, seconds)
+        except ServerFailed:
+            if port is not None or not tries_left or _port_is_free(chosen):
+                raise
+        else:
+            return url, watcher
+    raise AssertionError("the last try returns or raises")
 
 
 def _launch(folder: Path, url: str, lock: int) -> subprocess.Popen[bytes]:

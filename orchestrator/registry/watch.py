@@ -13,11 +13,15 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Generator
 from pathlib import Path
 from urllib.parse import urlsplit
+
+import psutil
 
 from orchestrator.registry.server import DATABASE, STATE, USERS, healthy, named_store
 
@@ -44,12 +48,30 @@ def main(folder: Path, url: str, lock: int) -> int:
     # Whoever started this may be dead already: from here on the next command finds us.
     os.close(lock)
     try:
-        failed = _make_database(folder, users)
-        while not failed:
-            failed = _serve(folder, url, users)
+        with _reserved(url):
+            failed = _make_database(folder, users)
+            while not failed:
+                failed = _serve(folder, url, users)
         return failed
+    except OSError as problem:
+        print(f"{url}: {problem}", file=sys.stderr)
+        return 1
     finally:
         _write_state(folder, url, None)
+
+
+@contextlib.contextmanager
+def _reserved(url: str) -> Generator[None]:
+    """Keep the port from being chosen as a free one, before the server is up and while it is started again.
+
+    Bound and never listened on: with SO_REUSEADDR on both, the server can bind it as well (Linux, macOS).
+    Raises OSError if something listens there.
+    """
+    address = urlsplit(url)
+    with socket.socket() as reservation:
+        reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reservation.bind((address.hostname, address.port))
+        yield
 
 
 def _make_database(folder: Path, users: int) -> int:
@@ -131,11 +153,23 @@ def _watch(server: subprocess.Popen[bytes], folder: Path, url: str, users: int) 
     answered = False
     while server.poll() is None:
         _leave_if_alone(users)
-        if not answered and healthy(url):
+        if not answered and healthy(url) and _listens(server.pid, url):
             _write_state(folder, url, os.getpid(), answered=True)
             answered = True
         time.sleep(POLL_SECONDS)
     return answered
+
+
+def _listens(pid: int, url: str) -> bool:
+    """Whether it is this server that answers at `url`, not one of another home that was first at the port."""
+    port = urlsplit(url).port
+    with contextlib.suppress(psutil.Error):
+        server = psutil.Process(pid)
+        for process in (server, *server.children(recursive=True)):
+            for connection in process.net_connections("tcp"):
+                if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
+                    return True
+    return False
 
 
 def _leave_if_alone(users: int) -> None:

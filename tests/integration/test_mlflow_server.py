@@ -14,6 +14,7 @@ import pytest
 from orchestrator.contracts import RegistryUnreachable
 from orchestrator.registry import server as tracking_server
 from orchestrator.registry.server import ServerFailed
+from orchestrator.registry.watch import _reserved
 from tests.postgres import postgres  # noqa: F401 (a fixture)
 from workers.types import BadInput
 
@@ -126,6 +127,32 @@ def test_server_on_a_port_in_use_is_refused_in_one_sentence(tmp_path):
         with pytest.raises(BadInput, match=rf"^port {port} is in use; [^\n]*$"):
             tracking_server.start(tmp_path, port)
     assert tracking_server.running_url(tmp_path) is None
+
+
+def test_servers_that_chose_the_same_port_get_one_each(tmp_path, monkeypatch):
+    choose = tracking_server._choose_port
+    with tracking_server.start(tmp_path / "first") as first:
+        taken = int(first.url.rpartition(":")[2])
+        chosen = iter([taken, choose(tmp_path, None)])
+        monkeypatch.setattr(tracking_server, "_choose_port", lambda folder, port: next(chosen))
+        with tracking_server.start(tmp_path / "second") as second:
+            assert second.url != first.url
+            assert tracking_server.running_url(tmp_path / "first") == first.url
+            assert tracking_server.running_url(tmp_path / "second") == second.url
+    assert not any(chosen)
+
+
+def test_port_of_a_server_that_is_down_is_no_free_port_yet_the_server_can_take_it():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with _reserved(f"http://127.0.0.1:{port}"):
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        with closing(socket.create_server(("127.0.0.1", port))) as server:
+            assert server.getsockname()[1] == port
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
 
 
 def test_server_with_a_broken_database_says_where_to_look(tmp_path):
