@@ -99,19 +99,23 @@ def apart(values: Sequence[float], exact: Sequence[float]) -> float:
     return max(abs(x - y) for x, y in zip(values, exact, strict=True)) / exact[0]
 
 
-def ours_svd(rank: int, m: int, n: int) -> Callable[[], list[float]]:
+def singular_values(factors: tuple[torch.Tensor, torch.Tensor]) -> list[float]:
+    a, b = factors
+    return factor_svd(Factors(a.double(), b.double())).s.tolist()
+
+
+def ours_svd(rank: int, m: int, n: int) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
     parts = adapters(4, rank, m, n)
     fuse(adapters(2, 2, 64, 64), [1.0, 1.0], "svd", 2)  # the libraries' first call
 
-    def work() -> list[float]:
+    def work() -> tuple[torch.Tensor, torch.Tensor]:
         fused, _ = fuse(parts, WANTED, "svd", rank)
-        a, b = fused.factors["layer"]
-        return factor_svd(Factors(a.double(), b.double())).s.tolist()
+        return fused.factors["layer"]
 
     return work
 
 
-def peft_svd(rank: int, m: int, n: int) -> Callable[[], list[float]]:
+def peft_svd(rank: int, m: int, n: int) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
     from peft import LoraConfig, get_peft_model
 
     parts = adapters(4, rank, m, n)
@@ -127,11 +131,10 @@ def peft_svd(rank: int, m: int, n: int) -> Callable[[], list[float]]:
             layer.lora_A[str(i)].weight.copy_(a)
             layer.lora_B[str(i)].weight.copy_(b)
 
-    def work() -> list[float]:
+    def work() -> tuple[torch.Tensor, torch.Tensor]:
         names, weights = ["0", "1", "2", "3"], list(WANTED)
         model.add_weighted_adapter(names, weights, "all", combination_type="svd", svd_rank=rank)
-        a, b = (side["all"].weight.detach().double() for side in (layer.lora_A, layer.lora_B))
-        return factor_svd(Factors(a, b)).s.tolist()
+        return layer.lora_A["all"].weight.detach(), layer.lora_B["all"].weight.detach()
 
     return work
 
@@ -145,7 +148,8 @@ def svd(small: bool) -> Outcome:
         own = [measured(ours_svd, rank, m, n) for _ in range(3)]
         fast, narrow = sorted(time for _, time, _ in own)[1], max(memory for _, _, memory in own)
         exact, _, _ = measured(exact_svd, rank, m, n)
-        off = (apart(own[0][0], theirs), apart(own[0][0], exact), apart(theirs, exact))
+        peft, chorus = singular_values(theirs), singular_values(own[0][0])
+        off = (apart(chorus, peft), apart(chorus, exact), apart(peft, exact))
         figures = (f"{slow:.2f}", f"{fast:.4f}", f"{wide:.0f}", f"{narrow:.0f}")
         rows.append([shape, *figures, *(f"{one:.1e}" for one in off)])
         bars |= {f"{shape}: PEFT": slow, f"{shape}: ours": fast}

@@ -91,10 +91,12 @@ def _overlap(columns: Sequence[Tensor]) -> float:
 
 
 def _sign_conflict(shares: Sequence[Factors], weights: Sequence[float]) -> float:
+    """In place on one buffer: with e_i = w_i D_i, what is against the sum is (sum |e_i| - |sum e_i|) / 2."""
     step = max(1, -(-shares[0].b.shape[0] // ROWS))
-    up = down = shares[0].a.new_zeros(())
+    absolute, net, entries = 0.0, None, None
     for (a, b), weight in zip(shares, weights, strict=True):
-        entries = weight * (b[::step] @ a)
-        up, down = up + entries.clamp(min=0), down - entries.clamp(max=0)
-    total = float((up + down).sum())
-    return float(torch.minimum(up, down).sum()) / total if total > 0 else 0.0
+        entries = torch.matmul(weight * b[::step], a, out=entries)
+        net = entries.clone() if net is None else net.add_(entries)
+        absolute += float(torch.linalg.vector_norm(entries, 1))
+    against = absolute - float(torch.linalg.vector_norm(net, 1))
+    return max(against, 0.0) / 2 / absolute if absolute > 0 else 0.0

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 
@@ -87,6 +89,12 @@ def block_sums(square: Tensor, sizes: Sequence[int]) -> list[list[float]]:
     return torch.stack([block.sum(1) for block in rows.split(list(sizes), dim=1)], dim=1).tolist()
 
 
+def gram_matrix(columns: Tensor) -> Tensor:
+    """X^T X, by numpy: it knows that the product is symmetric (BLAS' syrk) and computes half of it."""
+    x = columns.numpy()
+    return torch.from_numpy(x.T @ x)
+
+
 @contextmanager
 def one_thread() -> Generator[int]:
     """LAPACK's last digits depend on the number of threads: with one, equal inputs give equal bytes.
@@ -96,6 +104,13 @@ def one_thread() -> Generator[int]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield threads
+        with _blas().limit(limits=1, user_api="blas"):
+            yield threads
     finally:
         torch.set_num_threads(threads)
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    """Of numpy's BLAS, which is not torch's; finding the libraries of a process takes milliseconds."""
+    return ThreadpoolController()

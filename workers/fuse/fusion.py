@@ -142,7 +142,9 @@ def _one(plain: Module, plan: _Plan, asked: Options) -> _Done:
     small, turns = reduced(whole), rule.turns
     result = cut(_scaled(rule.apply(small.turned(turns), asked), asked.scale), asked)
     report, spectrum = module_report(whole, small.module, result)
-    factors = small.back(result.factors, turns)
+    # `cat` changes nothing in what it was given, so nothing has to be turned back.
+    unchanged = _scaled(whole.stacked(), asked.scale) if plan.rule == "cat" else None
+    factors = unchanged or small.back(result.factors, turns)
     return _Done(whole.name, factors, report, spectrum, inner_products(small.module.shares))
 
 

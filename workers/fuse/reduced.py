@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from workers.fuse.factors import Factors
+from workers.fuse.factors import Factors, gram_matrix
 from workers.fuse.normal import Module
 from workers.fuse.rule import Turns
 
@@ -68,7 +68,7 @@ def _side(columns: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
 
 def _by_cholesky(columns: Tensor) -> Tensor | None:
     """R by a Cholesky factorization of B^T B, at half of QR's cost; None where columns may be dependent."""
-    gram = columns.T @ columns
+    gram = gram_matrix(columns)
     lengths = gram.diagonal().sqrt()
     if not float(lengths.min()) > 0:
         return None
