@@ -13,7 +13,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import shutil
 import sys
 import tempfile
@@ -36,6 +35,7 @@ from workers.fuse.factors import svd as factor_svd
 from workers.fuse.rule import Options
 from workers.fuse.ties import ties
 from workers.manifest import publish_folder
+from workers.memory import forget_peak, peak_bytes
 from workers.rules import ROWS
 from workers.task import run
 from workers.types import FuseTask, RuleOptions
@@ -49,7 +49,7 @@ SMALL = 8
 
 
 def measured(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float, float]:
-    """What `work` returned, its seconds, and by how many MiB it raised the peak of its own fresh process."""
+    """What `work` returned, its seconds, and how many MiB it took beyond what its fresh process held before."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_measure, (work, arguments))
 
@@ -58,13 +58,10 @@ def _measure(work: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any,
     warnings.simplefilter("ignore")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     prepared = work(*arguments)
-    before, start = _peak(), time.perf_counter()
+    forget_peak()  # of preparing
+    before, start = peak_bytes(), time.perf_counter()
     result = prepared()
-    return result, time.perf_counter() - start, _peak() - before
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return result, time.perf_counter() - start, (peak_bytes() - before) / MIB
 
 
 def adapters(count: int, rank: int, m: int, n: int) -> list[Adapter]:
@@ -163,9 +160,9 @@ def svd(small: bool) -> Outcome:
     header += ("singular values, ours off PEFT's", "ours off float64's", "PEFT's off float64's")
     table = Table("4 adapters of rank 16 to rank 16", header, rows)
     notes = (
-        "Each measurement in a fresh process with all cores; memory is what the call added to the peak of "
-        "the resident set. Ours is `fuse`, with its certificate, the middle of three. Float64's: roots of "
-        "the largest eigenvalues of the dense sum times its transpose.",
+        "Each measurement in a fresh process with all cores; memory is the peak of the resident set "
+        "during the call, less what it was before. Ours is `fuse`, with its certificate, the middle of "
+        "three. Float64's: roots of the largest eigenvalues of the dense sum times its transpose.",
     )
     return Outcome(
         "fusion-svd", "Truncated SVD in factors and in PEFT", [table], targets, Bars(bars, "seconds"), notes

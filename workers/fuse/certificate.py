@@ -13,7 +13,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from workers.fuse.factors import Factors, block_sums, middle, norm
+from workers.fuse.factors import Factors, block_sums, gram_matrix, middle, norm
 from workers.fuse.normal import Module
 from workers.fuse.rule import Fused
 
@@ -85,7 +85,7 @@ def _overlap(columns: Sequence[Tensor]) -> float:
     if len(bases) < 2:
         return 0.0
     ranks, whole = [basis.shape[1] for basis in bases], torch.cat(bases, dim=1)
-    mass = block_sums((whole.T @ whole).square(), ranks)
+    mass = block_sums(gram_matrix(whole).square(), ranks)
     pairs = [mass[i][j] / min(ranks[i], ranks[j]) for i, j in combinations(range(len(ranks)), 2)]
     return math.fsum(pairs) / len(pairs)
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workers.fuse.factors import Factors, svd
+from workers.fuse.factors import Core, Factors, svd
 from workers.fuse.rule import Fused, Options
 
 
-def cut(whole: Factors, options: Options) -> Fused:
+def cut(whole: Factors | Core, options: Options) -> Fused:
     """The largest singular triplets of B A, as A = S^1/2 V^T and B = U S^1/2; `whole` itself if nothing cuts.
 
     No matrix of that rank is nearer in the Frobenius or the spectral norm (Eckart and Young, Psychometrika 1,
     1936; Mirsky 1960), so both errors are exact.
     """
     if options.rank is None and options.bucket is None and options.energy is None:
-        return Fused(whole, discarded_energy=0.0)
-    u, s, vh = svd(whole)
-    rank = _rank(s, options)
+        return Fused(whole.factors() if isinstance(whole, Core) else whole, discarded_energy=0.0)
+    u, s, vh = svd(whole, lambda s: _rank(s, options))
+    rank = len(vh)
     root = s[:rank].sqrt()
-    kept = Factors(root[:, None] * vh[:rank], u[:, :rank] * root)
+    kept = Factors(root[:, None] * vh, u * root)
     total, lost = float(torch.linalg.vector_norm(s)), float(torch.linalg.vector_norm(s[rank:]))
     worst = float(s[rank]) if rank < len(s) else 0.0
     return Fused(kept, lost / total if total else 0.0, lost, worst, s[:rank])

@@ -5,7 +5,7 @@ Legend: M out_features, N in_features, K rank of the product, C = min(M, K), D =
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
+
+FAR = 1e-10
+"""Squares of singular values that are all above this share of the largest are known to six digits or more."""
 
 
 class Factors(NamedTuple):
@@ -32,6 +35,12 @@ class Core(NamedTuple):
     middle: Tensor
     right: Tensor
 
+    def factors(self) -> Factors:
+        """Of the smaller of both ranks."""
+        if self.middle.shape[0] <= self.middle.shape[1]:
+            return Factors(self.middle @ self.right.T, self.left)
+        return Factors(self.right.T, self.left @ self.middle)
+
 
 class Svd(NamedTuple):
     """Thin singular value decomposition: u [M, S], s [S] in falling order, vh [S, N]."""
@@ -48,11 +57,13 @@ def core(factors: Factors) -> Core:
     return Core(left, r_b @ r_a.T, right)
 
 
-def middle(factors: Factors) -> Tensor:
+def middle(whole: Factors | Core) -> Tensor:
     """[C, D], with the singular values of B A: `core` without its bases, at half the cost."""
+    if isinstance(whole, Core):
+        return whole.middle
     low_b, low_a = (
         torch.linalg.qr(columns, mode="r")[1] if columns.shape[0] > columns.shape[1] else columns
-        for columns in (factors.b, factors.a.T)
+        for columns in (whole.b, whole.a.T)
     )
     return low_b @ low_a.T
 
@@ -63,13 +74,38 @@ def _side(columns: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.qr(columns) if m > k else (torch.eye(m, dtype=columns.dtype), columns)
 
 
-def svd(factors: Factors) -> Svd:
-    """The SVD of B A at the cost of a K by K one. The largest entry of every column of u is positive."""
-    left, middle, right = core(factors)
-    u, s, vh = torch.linalg.svd(middle, full_matrices=False)
-    u, vh = left @ u, vh @ right.T
-    sign = u.gather(0, u.abs().argmax(dim=0, keepdim=True)).sign()
+def svd(whole: Factors | Core, kept: Callable[[Tensor], int] = len) -> Svd:
+    """The SVD of B A at the cost of a K by K one. The largest entry of every column of u is positive.
+
+    Of u and vh only the first `kept(s)` triplets are made; s is whole.
+    """
+    left, middle, right = whole if isinstance(whole, Core) else core(whole)
+    u, s, vh = _by_squares(middle) or torch.linalg.svd(middle, full_matrices=False)
+    count = kept(s)
+    u, vh = left @ u[:, :count], vh[:count] @ right.T
+    sign = u.gather(0, u.abs().argmax(dim=0, keepdim=True)).sign() if count else u[:1]
     return Svd(u * sign, s, vh * sign.T)
+
+
+def _by_squares(m: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The thin SVD of a wide or square M from M M^T = U S^2 U^T: half the work. None if that is inexact."""
+    if m.shape[0] > m.shape[1] or (found := squared(m)) is None:
+        return None
+    u, s = found
+    return u, s, (u.T @ m) / s[:, None]
+
+
+def squared(m: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Left singular vectors of M [R, N] and its R singular values in falling order, from M M^T.
+
+    A square loses half of the digits of what is small, so None unless all R values are well above rounding.
+    """
+    if not m.numel():
+        return None
+    squares, u = torch.linalg.eigh(gram_matrix(m.T))
+    if not float(squares[0]) > FAR * float(squares[-1]):
+        return None
+    return u.flip(1), squares.flip(0).sqrt()
 
 
 def norm(factors: Factors) -> float:
@@ -80,7 +116,7 @@ def norm(factors: Factors) -> float:
 def inner_products(parts: Sequence[Factors]) -> list[list[float]]:
     """Frobenius inner products <B_i A_i, B_j A_j> = tr((B_i^T B_j) (A_j A_i^T)) of every two."""
     a, b = torch.cat([part.a for part in parts]), torch.cat([part.b for part in parts], dim=1)
-    return block_sums((b.T @ b) * (a @ a.T), [part.a.shape[0] for part in parts])
+    return block_sums(gram_matrix(b) * gram_matrix(a.T), [part.a.shape[0] for part in parts])
 
 
 def block_sums(square: Tensor, sizes: Sequence[int]) -> list[list[float]]:

@@ -15,7 +15,7 @@ from workers.adapter import WEIGHTS, Adapter, open_adapter, verify_adapter, writ
 from workers.factor_file import Pair, write_factors
 from workers.fuse.certificate import ModuleReport, module_report
 from workers.fuse.cut import cut
-from workers.fuse.factors import Factors, inner_products, one_thread
+from workers.fuse.factors import Core, Factors, inner_products, one_thread
 from workers.fuse.grams import gram_of, verify_grams
 from workers.fuse.in_turn import in_turn
 from workers.fuse.normal import (
@@ -143,8 +143,8 @@ def _one(plain: Module, plan: _Plan, asked: Options) -> _Done:
     result = cut(_scaled(rule.apply(small.turned(turns), asked), asked.scale), asked)
     report, spectrum = module_report(whole, small.module, result)
     # `cat` changes nothing in what it was given, so nothing has to be turned back.
-    unchanged = _scaled(whole.stacked(), asked.scale) if plan.rule == "cat" else None
-    factors = unchanged or small.back(result.factors, turns)
+    unchanged = plan.rule == "cat" and asked.scale is None
+    factors = whole.stacked() if unchanged else small.back(result.factors, turns)
     return _Done(whole.name, factors, report, spectrum, inner_products(small.module.shares))
 
 
@@ -198,8 +198,12 @@ def _described(adapters: Sequence[Adapter]) -> tuple[str, tuple[str, ...]]:
     return base_model, common_targets(adapters)
 
 
-def _scaled(factors: Factors, scale: float | None) -> Factors:
-    return factors if scale is None else Factors(scale * factors.a, factors.b)
+def _scaled(result: Factors | Core, scale: float | None) -> Factors | Core:
+    if scale is None:
+        return result
+    if isinstance(result, Core):
+        return result._replace(middle=scale * result.middle)
+    return Factors(scale * result.a, result.b)
 
 
 def _in_group(module: Module, groups: Groups) -> Module:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from workers.fuse.factors import Factors, svd
 from workers.fuse.normal import Module
 from workers.fuse.rule import Options
-from workers.fuse.shared import NULL, nearest_orthogonal, numerical, shared
+from workers.fuse.shared import NULL, nearest_orthogonal, numerical_svd, shared
 
 
 def iso_c(module: Module, options: Options) -> Factors:  # noqa: ARG001 - every rule has this signature
@@ -15,13 +17,13 @@ def iso_c(module: Module, options: Options) -> Factors:  # noqa: ARG001 - every 
 
     The mean is over the rank of the sum: over min(M, N) a low rank would shrink it by rank / min(M, N).
     """
-    whole = numerical(svd(module.stacked()))
+    whole = numerical_svd(module.stacked())
     return _level(whole.u, whole.vh, float(whole.s.mean()) if len(whole.s) else 0.0)
 
 
 def iso_c_paper(module: Module, options: Options) -> Factors:  # noqa: ARG001 - every rule has this signature
     """Iso-C (arXiv 2502.04959, equation 5) by the letter: the mean is over all min(M, N) singular values."""
-    whole = numerical(svd(module.stacked()))
+    whole = numerical_svd(module.stacked())
     m, n = whole.u.shape[0], whole.vh.shape[1]
     return _level(whole.u, whole.vh, float(whole.s.sum()) / min(m, n))
 
@@ -32,18 +34,17 @@ def iso_cts(module: Module, options: Options) -> Factors:
     The `common` share of the sum's directions is kept; each adapter adds, from what the common column space
     does not hold, its (rank - common) / T largest; all are made orthogonal and get the mean of their values.
     """
-    space, weights = shared(module), torch.tensor(module.weights, dtype=torch.float64)
-    weighted = weights[:, None, None] * space.middles
-    u, s, vh = torch.linalg.svd(weighted.sum(0), full_matrices=False)
+    space, weights = shared(module), module.weights
+    weighted = [Factors(weight * a, b) for weight, (a, b) in zip(weights, space.parts, strict=True)]
+    u, s, vh = svd(replace(module, shares=space.parts).stacked())
     if not len(s) or s[0] == 0:
         return Factors(space.right.T[:0], space.left[:, :0])
     common = max(1, round((0.8 if options.common is None else options.common) * len(s)))
     own = (len(s) - common) // len(weights)
     common = len(s) - own * len(weights)
     us, ss, vs = [u[:, :common]], [s[:common]], [vh[:common]]
-    for delta in weighted:
-        rest = delta - us[0] @ (us[0].T @ delta)
-        u_i, s_i, vh_i = torch.linalg.svd(rest, full_matrices=False)
+    for a, b in weighted:
+        u_i, s_i, vh_i = svd(Factors(a, b - us[0] @ (us[0].T @ b)))
         # A direction without a length is rounding, and would be given the mean one.
         left = min(own, int((s_i > NULL * s[0]).sum()))
         us.append(u_i[:, :left])

@@ -63,7 +63,8 @@ def _side(columns: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         if not _spread(r) > WELL:
             q, r = torch.linalg.qr(columns)
             return r, lambda x: q @ x
-    return r, lambda x: columns @ torch.linalg.solve_triangular(r, x, upper=True)
+    # As (x^T B^T)^T: MKL takes half the time for a product that is wide.
+    return r, lambda x: (torch.linalg.solve_triangular(r, x, upper=True).T @ columns.T).T
 
 
 def _by_cholesky(columns: Tensor) -> Tensor | None:

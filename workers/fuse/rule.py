@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from workers.fuse.factors import Factors
+from workers.fuse.factors import Core, Factors
 from workers.fuse.normal import Module
 from workers.rules import Row
 from workers.types import RuleOptions
@@ -41,7 +41,7 @@ class Fused:
     """Singular values of `factors`, in falling order, where cutting found them."""
 
 
-Apply = Callable[[Module, Options], Factors]
+Apply = Callable[[Module, Options], Factors | Core]
 Merge = Callable[[Tensor, Tensor, Options, int], Tensor]
 """(deltas [T, ...], weights [T], options, seed) -> merged [...]: a rule that works entry by entry."""
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from workers.fuse.factors import Factors, Svd, svd
+from workers.fuse.factors import Core, Factors, Svd, squared, svd
 from workers.fuse.normal import Module
 
 NULL = 1e-12
@@ -23,14 +23,16 @@ class Shared(NamedTuple):
     """`D_i = left @ middles[i] @ right.T` for every adapter; left [M, C], middles [T, C, D], right [N, D]."""
 
     left: Tensor
-    middles: Tensor
+    parts: tuple[Factors, ...]
+    """The middles, in factors of the adapters' ranks."""
     right: Tensor
 
-    def back(self, middle: Tensor) -> Factors:
-        """`left @ middle @ right.T` in factors of the smaller of both ranks."""
-        if middle.shape[0] <= middle.shape[1]:
-            return Factors(middle @ self.right.T, self.left)
-        return Factors(self.right.T, self.left @ middle)
+    @property
+    def middles(self) -> Tensor:
+        return torch.stack([part.b @ part.a for part in self.parts])
+
+    def back(self, middle: Tensor) -> Core:
+        return Core(self.left, middle, self.right)
 
 
 def shared(module: Module) -> Shared:
@@ -43,21 +45,25 @@ def shared(module: Module) -> Shared:
     shares = [balanced(share) for share in module.shares]
     left = _basis(torch.cat([share.b for share in shares], dim=1))
     right = _basis(torch.cat([share.a for share in shares]).T)
-    middles = torch.stack([(left.T @ share.b) @ (share.a @ right) for share in shares])
-    return Shared(left, middles, right)
+    return Shared(left, tuple(Factors(share.a @ right, left.T @ share.b) for share in shares), right)
 
 
 def balanced(share: Factors) -> Factors:
     """The same delta as A = S^1/2 V^T and B = U S^1/2, without the directions that are rounding."""
-    u, s, vh = numerical(svd(share))
+    u, s, vh = numerical_svd(share)
     root = s.sqrt()
     return Factors(root[:, None] * vh, u * root)
 
 
-def numerical(whole: Svd) -> Svd:
+def numerical_svd(whole: Factors) -> Svd:
     """Without the singular values that are rounding."""
-    rank = int((whole.s > NULL * whole.s[0]).sum()) if len(whole.s) else 0
-    return Svd(whole.u[:, :rank], whole.s[:rank], whole.vh[:rank])
+    u, s, vh = svd(whole, _numerical)
+    return Svd(u, s[: len(vh)], vh)
+
+
+def _numerical(s: Tensor) -> int:
+    """How many of the singular values, in falling order, are not rounding."""
+    return int((s > NULL * s[0]).sum()) if len(s) else 0
 
 
 def nearest_orthogonal(columns: Tensor) -> Tensor:
@@ -74,8 +80,16 @@ def seed_of(seed: int | None, module: str) -> int:
 
 
 def _basis(columns: Tensor) -> Tensor:
-    q, r = torch.linalg.qr(columns)
+    """Left singular vectors of `columns`, the largest entry of each positive."""
+    q, r = torch.linalg.qr(columns) if columns.shape[0] > columns.shape[1] else (None, columns)
+    u = _left_vectors(r)
+    basis = u if q is None else q @ u
+    return basis * basis.gather(0, basis.abs().argmax(dim=0, keepdim=True)).sign() if len(basis.T) else basis
+
+
+def _left_vectors(r: Tensor) -> Tensor:
+    """Left singular vectors of R, without those of singular values that are rounding."""
+    if r.shape[0] <= r.shape[1] and (found := squared(r)) is not None:
+        return found[0]
     u, s, _ = torch.linalg.svd(r, full_matrices=False)
-    rank = int((s > NULL * s[0]).sum()) if len(s) else 0
-    basis = q @ u[:, :rank]
-    return basis * basis.gather(0, basis.abs().argmax(dim=0, keepdim=True)).sign() if rank else basis
+    return u[:, : _numerical(s)]

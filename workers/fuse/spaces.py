@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from workers.fuse.factors import Factors, svd
+from workers.fuse.factors import Core, Factors
 from workers.fuse.normal import Module
 from workers.fuse.rule import Apply, Merge, Options
-from workers.fuse.shared import numerical, seed_of, shared
+from workers.fuse.shared import numerical_svd, seed_of, shared
 
 
 def in_core(merge: Merge) -> Apply:
     """D = U f(M_1, ..., M_T) V^T with D_i = U M_i V^T (arXiv 2509.17786, equation 7). O((M+N)k^2 + k^3)."""
 
-    def apply(module: Module, options: Options) -> Factors:
+    def apply(module: Module, options: Options) -> Core:
         space = shared(module)
         weights = torch.tensor(module.weights, dtype=torch.float64)
         return space.back(merge(space.middles, weights, options, seed_of(options.seed, module.name)))
@@ -40,9 +40,9 @@ def in_knots(merge: Merge) -> Apply:
 
 def knots_space(module: Module) -> tuple[torch.Tensor, torch.Tensor]:
     """U S [M, k] and the V_i stacked [T, k, N]. The largest entry of every column of U is positive."""
-    parts = [numerical(svd(share)) for share in module.shares]
+    parts = [numerical_svd(share) for share in module.shares]
     wide = torch.cat([part.u * part.s for part in parts], dim=1)
-    u, s, vh = numerical(svd(Factors(torch.eye(wide.shape[1], dtype=wide.dtype), wide)))
+    u, s, vh = numerical_svd(Factors(torch.eye(wide.shape[1], dtype=wide.dtype), wide))
     blocks = vh.split([len(part.s) for part in parts], dim=1)
     rights = wide.new_empty(len(parts), len(s), parts[0].vh.shape[1])
     for right, block, part in zip(rights, blocks, parts, strict=True):
@@ -59,7 +59,7 @@ def on_dense(merge: Merge) -> Apply:
         merged = merge(deltas, weights, options, seed_of(options.seed, module.name))
         m, n = merged.shape
         eye = torch.eye(min(m, n), dtype=torch.float64)
-        u, s, vh = numerical(svd(Factors(merged, eye) if m <= n else Factors(eye, merged)))
+        u, s, vh = numerical_svd(Factors(merged, eye) if m <= n else Factors(eye, merged))
         return Factors(s[:, None] * vh, u)
 
     apply.__doc__ = f"On whole matrices: {merge.__doc__}"

@@ -34,7 +34,7 @@ def agreeing_mean(deltas: Tensor, weights: Tensor) -> Tensor:
     """Mean over T of the w_i delta_i that have the sign of their sum; 0 where the sum is 0."""
     weighted = broadcast(weights, deltas) * deltas
     agrees = weighted * weighted.sum(0).sign() > 0
-    return weighted.where(agrees, 0.0).sum(0) / agrees.sum(0).clamp(min=1)
+    return (weighted * agrees).sum(0) / agrees.sum(0).clamp(min=1)
 
 
 def agreeing_peft(deltas: Tensor, weights: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def _majority(deltas: Tensor) -> Tensor:
 
 def trimmed(deltas: Tensor, density: float) -> Tensor:
     """[T, ...] with the int(density * size) largest entries of each by magnitude, at least one; others 0."""
-    return deltas.where(largest(deltas, kept_entries(density, deltas[0].numel())), 0.0)
+    return deltas * largest(deltas, kept_entries(density, deltas[0].numel()))
 
 
 def kept_entries(density: float, size: int) -> int:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from workers.fuse.factors import Factors, svd
+from workers.fuse.factors import Factors
 from workers.fuse.normal import Module
 from workers.fuse.rule import Options
-from workers.fuse.shared import nearest_orthogonal, numerical
+from workers.fuse.shared import nearest_orthogonal, numerical_svd
 
 
 def tsv(module: Module, options: Options) -> Factors:  # noqa: ARG001 - every rule has this signature
@@ -16,7 +16,7 @@ def tsv(module: Module, options: Options) -> Factors:  # noqa: ARG001 - every ru
     U' and V' are the nearest orthogonal matrices to [U_i] and [V_i], which whitens away what adapters share;
     S holds w_i S_i. All r_i triplets are kept: the paper's min(M, N) / T is for full matrices.
     """
-    parts = [numerical(svd(share)) for share in module.shares]
+    parts = [numerical_svd(share) for share in module.shares]
     s = torch.cat([weight * part.s for weight, part in zip(module.weights, parts, strict=True)])
     # An adapter that is left out must not bend the others' directions.
     used = s != 0
