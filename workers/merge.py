@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from workers.adapter import Adapter
-from workers.fuse.factors import one_thread
+from workers.fuse.basis import one_thread
 from workers.manifest import file_digest
 from workers.progress import Tell, silent
 from workers.shards import Block, Entry, StoredShard, write_shard

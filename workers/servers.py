@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from workers.adapter import Adapter
-from workers.fuse.factors import Factors, one_thread, svd
+from workers.fuse.basis import one_thread
+from workers.fuse.factors import Factors, svd
 from workers.merge import tied_head
 from workers.outline import served_scale
 from workers.rules import BUCKETS

@@ -13,7 +13,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from workers.fuse.factors import Factors, block_sums, gram_matrix, middle, norm
+from workers.fuse.basis import gram_matrix
+from workers.fuse.factors import Factors, block_sums, middle, norm
 from workers.fuse.normal import Module
 from workers.fuse.rule import Fused
 

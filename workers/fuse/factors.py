@@ -5,17 +5,13 @@ Legend: M out_features, N in_features, K rank of the product, C = min(M, K), D =
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-FAR = 1e-10
-"""Squares of singular values that are all above this share of the largest are known to six digits or more."""
+from workers.fuse.basis import Map, gram_matrix, side, squared
 
 
 class Factors(NamedTuple):
@@ -50,62 +46,40 @@ class Svd(NamedTuple):
     vh: Tensor
 
 
-def core(factors: Factors) -> Core:
-    """QR of B and of A^T with their small product between: a lossless change of basis (arXiv 2509.17786)."""
-    left, r_b = _side(factors.b)
-    right, r_a = _side(factors.a.T)
-    return Core(left, r_b @ r_a.T, right)
-
-
 def middle(whole: Factors | Core) -> Tensor:
-    """[C, D], with the singular values of B A: `core` without its bases, at half the cost."""
+    """[C, D], with the singular values of B A."""
     if isinstance(whole, Core):
         return whole.middle
-    low_b, low_a = (
-        torch.linalg.qr(columns, mode="r")[1] if columns.shape[0] > columns.shape[1] else columns
-        for columns in (whole.b, whole.a.T)
-    )
-    return low_b @ low_a.T
-
-
-def _side(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Q and R; what is no higher than wide is its own R."""
-    m, k = columns.shape
-    return torch.linalg.qr(columns) if m > k else (torch.eye(m, dtype=columns.dtype), columns)
+    return side(whole.b)[0] @ side(whole.a.T)[0].T
 
 
 def svd(whole: Factors | Core, kept: Callable[[Tensor], int] = len) -> Svd:
     """The SVD of B A at the cost of a K by K one. The largest entry of every column of u is positive.
 
+    With QR of B and of A^T the small product between them is a lossless change of basis (arXiv 2509.17786).
     Of u and vh only the first `kept(s)` triplets are made; s is whole.
     """
-    left, middle, right = whole if isinstance(whole, Core) else core(whole)
-    u, s, vh = _by_squares(middle) or torch.linalg.svd(middle, full_matrices=False)
+    small, left, right = _turned(whole)
+    u, s, vh = _by_squares(small) or torch.linalg.svd(small, full_matrices=False)
     count = kept(s)
-    u, vh = left @ u[:, :count], vh[:count] @ right.T
-    sign = u.gather(0, u.abs().argmax(dim=0, keepdim=True)).sign() if count else u[:1]
+    u, vh = left(u[:, :count]), right(vh[:count].T).T
+    sign = u.gather(0, u.abs().argmax(dim=0, keepdim=True)).sign() if u.numel() else u[:1]
     return Svd(u * sign, s, vh * sign.T)
+
+
+def _turned(whole: Factors | Core) -> tuple[Tensor, Map, Map]:
+    if isinstance(whole, Core):
+        return whole.middle, lambda x: whole.left @ x, lambda x: whole.right @ x
+    (low_b, left), (low_a, right) = side(whole.b), side(whole.a.T)
+    return low_b @ low_a.T, left, right
 
 
 def _by_squares(m: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """The thin SVD of a wide or square M from M M^T = U S^2 U^T: half the work. None if that is inexact."""
-    if m.shape[0] > m.shape[1] or (found := squared(m)) is None:
+    if (found := squared(m)) is None:
         return None
     u, s = found
     return u, s, (u.T @ m) / s[:, None]
-
-
-def squared(m: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Left singular vectors of M [R, N] and its R singular values in falling order, from M M^T.
-
-    A square loses half of the digits of what is small, so None unless all R values are well above rounding.
-    """
-    if not m.numel():
-        return None
-    squares, u = torch.linalg.eigh(gram_matrix(m.T))
-    if not float(squares[0]) > FAR * float(squares[-1]):
-        return None
-    return u.flip(1), squares.flip(0).sqrt()
 
 
 def norm(factors: Factors) -> float:
@@ -123,30 +97,3 @@ def block_sums(square: Tensor, sizes: Sequence[int]) -> list[list[float]]:
     """Of a matrix that is made of `sizes` by `sizes` blocks."""
     rows = torch.stack([block.sum(0) for block in square.split(list(sizes))])
     return torch.stack([block.sum(1) for block in rows.split(list(sizes), dim=1)], dim=1).tolist()
-
-
-def gram_matrix(columns: Tensor) -> Tensor:
-    """X^T X, by numpy: it knows that the product is symmetric (BLAS' syrk) and computes half of it."""
-    x = columns.numpy()
-    return torch.from_numpy(x.T @ x)
-
-
-@contextmanager
-def one_thread() -> Generator[int]:
-    """LAPACK's last digits depend on the number of threads: with one, equal inputs give equal bytes.
-
-    Yields how many there were.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with _blas().limit(limits=1, user_api="blas"):
-            yield threads
-    finally:
-        torch.set_num_threads(threads)
-
-
-@cache
-def _blas() -> ThreadpoolController:
-    """Of numpy's BLAS, which is not torch's; finding the libraries of a process takes milliseconds."""
-    return ThreadpoolController()

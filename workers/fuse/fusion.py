@@ -13,9 +13,10 @@ from torch import Tensor
 
 from workers.adapter import WEIGHTS, Adapter, open_adapter, verify_adapter, write_config
 from workers.factor_file import Pair, write_factors
+from workers.fuse.basis import one_thread
 from workers.fuse.certificate import ModuleReport, module_report
 from workers.fuse.cut import cut
-from workers.fuse.factors import Core, Factors, inner_products, one_thread
+from workers.fuse.factors import Core, Factors, inner_products
 from workers.fuse.grams import gram_of, verify_grams
 from workers.fuse.in_turn import in_turn
 from workers.fuse.normal import (

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from workers.fuse.factors import Core, Factors, Svd, squared, svd
+from workers.fuse.basis import gram_matrix, squared
+from workers.fuse.factors import Core, Factors, Svd, svd
 from workers.fuse.normal import Module
 
 NULL = 1e-12
@@ -68,6 +69,10 @@ def _numerical(s: Tensor) -> int:
 
 def nearest_orthogonal(columns: Tensor) -> Tensor:
     """The U V^T of `columns` = U S V^T: of all matrices with orthonormal columns (or rows) the nearest."""
+    if (found := squared(columns.T)) is not None:
+        v, s = found
+        near = (columns @ (v / s)) @ v.T  # X (X^T X)^-1/2, orthonormal to 1e-8 or better
+        return 1.5 * near - 0.5 * near @ gram_matrix(near)  # one step of Newton and Schulz squares that
     q, r = torch.linalg.qr(columns)
     u, _, vh = torch.linalg.svd(r, full_matrices=False)
     return q @ (u @ vh)
@@ -89,7 +94,7 @@ def _basis(columns: Tensor) -> Tensor:
 
 def _left_vectors(r: Tensor) -> Tensor:
     """Left singular vectors of R, without those of singular values that are rounding."""
-    if r.shape[0] <= r.shape[1] and (found := squared(r)) is not None:
+    if (found := squared(r)) is not None:
         return found[0]
     u, s, _ = torch.linalg.svd(r, full_matrices=False)
     return u[:, : _numerical(s)]
