@@ -29,6 +29,8 @@ class Shares:
         self._held: dict[str, float] = {}
         self._known: dict[str, dict[float, Share]] = {}
         """Team -> ranks more -> share, as long as no charge has changed it."""
+        self._givers: dict[tuple[str, float, bool], set[str]] = {}
+        """What `givers` found, as long as no charge has changed it."""
         self.changes = 0
         """Charges so far: while there is none, every share is as it was."""
 
@@ -38,6 +40,7 @@ class Shares:
     def charge_each(self, teams: Iterable[str], ranks: float) -> None:
         """So many ranks more for each; a team may be among them several times."""
         self.changes += 1
+        self._givers.clear()
         held, known = self._held, self._known
         for team in teams:
             known.pop(team, None)
@@ -77,9 +80,12 @@ class Shares:
 
     def givers(self, taker: str, ranks: float, *, aged: bool = False) -> set[str]:
         """All teams that hold ranks and may be made to give some to a job of `taker`: see `may_reclaim`."""
-        return {
-            team for team in self._held if team != taker and self.may_reclaim(taker, ranks, team, aged=aged)
-        }
+        key = taker, ranks, aged
+        if (known := self._givers.get(key)) is None:
+            others = (team for team in self._held if team != taker)
+            known = {team for team in others if self.may_reclaim(taker, ranks, team, aged=aged)}
+            self._givers[key] = known
+        return known
 
 
 def _below(one: Share, other: Share) -> bool:

@@ -46,11 +46,11 @@ class Preemption:
 
     def slot_for(self, job: Waiting) -> bool:
         """Whether somebody leaves a slot of the job's base for it: of all that may be made to, the worst."""
-        asks = self._asks(job)
+        asks, seated = self._asks(job), self._seated(job.base).keys()
         # A resident of a full host holds the least that the job could ask for.
-        teams = self._room.shares.givers(job.team, job.world_size / max(job.slots, 1), aged=asks.aged)
-        seats = [self._worst_seat(job.base, team, asks) for team in (job.team, *teams)]
-        found = [seat for seat in seats if seat is not None]
+        givers = self._room.shares.givers(job.team, job.world_size / max(job.slots, 1), aged=asks.aged)
+        teams = seated & (givers | {job.team})
+        found = [seat for team in teams if (seat := self._worst_seat(job.base, team, asks)) is not None]
         if not found:
             return False
         (_, _, victim), host = max(found)
@@ -76,14 +76,17 @@ class Preemption:
 
     def _ranked(self, base: str, team: str) -> list[Seat]:
         """Residents on hosts that nobody was leaving before this decision, the worst last."""
-        if base not in self._seats:
-            self._seats[base] = self._seats_of(base)
         if (base, team) not in self._ranks:
-            seats = self._seats[base].get(team, ())
+            seats = self._seated(base).get(team, ())
             self._ranks[base, team] = sorted(
                 (self._worst(resident), host, resident) for resident, host in seats
             )
         return self._ranks[base, team]
+
+    def _seated(self, base: str) -> dict[str, list[tuple[Resident, str]]]:
+        if base not in self._seats:
+            self._seats[base] = self._seats_of(base)
+        return self._seats[base]
 
     def _seats_of(self, base: str) -> dict[str, list[tuple[Resident, str]]]:
         """By team, with the names of their hosts."""
