@@ -5,13 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from workers.fuse.pieces import Deltas, in_pieces
 from workers.fuse.rule import Options
 from workers.fuse.ties import agreeing_mean, agreeing_peft, agreeing_sum
 
 
-def dare(deltas: Tensor, weights: Tensor, options: Options, seed: int) -> Tensor:
+def dare(deltas: Deltas, weights: Tensor, options: Options, seed: int) -> Tensor:
     """sum_i w_i m_i * delta_i / p, m_i ~ Bernoulli(p) for density p (arXiv 2311.03099, equations 2, 3)."""
-    return torch.tensordot(weights, dropped(deltas, options.kept, seed), dims=1)
+    return in_pieces(_sum, weights, deltas, drawn(deltas, options.kept, seed)) / options.kept
+
+
+def _sum(deltas: Tensor, weights: Tensor) -> Tensor:
+    return (weights * deltas).sum(0)
 
 
 def dare_ties(deltas: Tensor, weights: Tensor, options: Options, seed: int) -> Tensor:
@@ -34,7 +39,11 @@ def dropped(deltas: Tensor, chance: Tensor | float, seed: int) -> Tensor:
     return deltas * drawn(deltas, chance, seed) / chance
 
 
-def drawn(deltas: Tensor, chance: Tensor | float, seed: int) -> Tensor:
+def drawn(deltas: Deltas, chance: Tensor | float, seed: int) -> Tensor:
     """True where an entry is kept. The same seed draws the same numbers for every chance."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(deltas.shape, generator=generator, dtype=torch.float32) < chance
+    count, *shape = deltas.shape
+    chances = [chance] * count if isinstance(chance, float) else chance
+    return torch.stack(
+        [torch.rand(shape, generator=generator, dtype=torch.float32) < each for each in chances]
+    )

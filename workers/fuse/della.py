@@ -39,8 +39,8 @@ def chances(deltas: Tensor, density: float, spread: float) -> Tensor:
     e is `spread`, taken no larger than keeps every chance above 0 and at most 1.
     """
     spread = min(spread, 2 * (1 - density), 1.98 * density)
-    ranks = places(deltas).double() / max(1, deltas.shape[-1] - 1)
-    return density - spread / 2 + spread * ranks
+    step = spread / max(1, deltas.shape[-1] - 1)
+    return places(deltas).double().mul_(step).add_(density - spread / 2)
 
 
 def _magpruned(deltas: Tensor, options: Options, seed: int) -> Tensor:

@@ -24,8 +24,7 @@ def iso_c(module: Module, options: Options) -> Factors:  # noqa: ARG001 - every 
 def iso_c_paper(module: Module, options: Options) -> Factors:  # noqa: ARG001 - every rule has this signature
     """Iso-C (arXiv 2502.04959, equation 5) by the letter: the mean is over all min(M, N) singular values."""
     whole = numerical_svd(module.stacked())
-    m, n = whole.u.shape[0], whole.vh.shape[1]
-    return _level(whole.u, whole.vh, float(whole.s.sum()) / min(m, n))
+    return _level(whole.u, whole.vh, float(whole.s.sum()) / min(module.shape))
 
 
 def iso_cts(module: Module, options: Options) -> Factors:

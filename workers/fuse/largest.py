@@ -10,8 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from workers.fuse.pieces import Deltas
 
-def largest(deltas: Tensor, count: int) -> Tensor:
+
+def largest(deltas: Deltas, count: int) -> Tensor:
     """True [T, ...] for exactly `count` entries of each of deltas [T, ...]: its largest by magnitude.
 
     Of equal entries the first go before the others, so that a smaller count picks some of a greater one's.

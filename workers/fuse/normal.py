@@ -27,6 +27,8 @@ class Module:
     name: str
     shares: tuple[Factors, ...]
     weights: tuple[float, ...]
+    shape: tuple[int, int]
+    """M and N of the module itself, in whatever coordinates the shares are."""
     gram: Callable[[int], Tensor | None] = lambda _: None
     """X_i^T X_i [N, N] of the inputs that adapter i was trained on, if that is known; read when asked for."""
 
@@ -60,7 +62,7 @@ def modules(adapters: Sequence[Adapter], weights: Sequence[float], names: Sequen
         _require_one_shape(module, shapes)
         shape = next(iter(shapes.values()))
         shares = (_share(adapter, module, shape, name) for adapter, name in zip(adapters, names, strict=True))
-        yield Module(module, tuple(shares), tuple(weights))
+        yield Module(module, tuple(shares), tuple(weights), shape)
 
 
 def module_names(adapters: Sequence[Adapter]) -> list[str]:

@@ -47,7 +47,7 @@ _APPLY: dict[str, Apply] = {
 _TURNS: dict[str, Turns] = {
     # Entries or sizes of the whole module.
     **dict.fromkeys(("ties_dense", "dare_dense", "della_dense", "breadcrumbs_dense"), "none"),
-    **dict.fromkeys(("iso_c_paper", "random"), "none"),
+    "random": "none",
     # Entries of the right space; inputs.
     **dict.fromkeys(("knots", "knots_dare", "regmean"), "left"),
 }

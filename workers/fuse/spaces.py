@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from workers.fuse.factors import Core, Factors
 from workers.fuse.normal import Module
+from workers.fuse.pieces import Products
 from workers.fuse.rule import Apply, Merge, Options
 from workers.fuse.shared import numerical_svd, seed_of, shared
 
@@ -22,7 +26,7 @@ def in_core(merge: Merge) -> Apply:
     return apply
 
 
-def in_knots(merge: Merge) -> Apply:
+def in_knots(merge: Callable[[Products, Tensor, Options, int], Tensor]) -> Apply:
     """D = U S f(V_1, ..., V_T) with [D_1 | ... | D_T] = U S [V_1 | ... | V_T] (arXiv 2410.19735, section 3).
 
     Exact without a dense matrix: with D_i = U_i S_i W_i^T the concatenation is [U_i S_i] blockdiag(W_i^T), so
@@ -38,16 +42,13 @@ def in_knots(merge: Merge) -> Apply:
     return apply
 
 
-def knots_space(module: Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """U S [M, k] and the V_i stacked [T, k, N]. The largest entry of every column of U is positive."""
+def knots_space(module: Module) -> tuple[Tensor, Products]:
+    """U S [M, k] and the V_i [k, N]. The largest entry of every column of U is positive."""
     parts = [numerical_svd(share) for share in module.shares]
     wide = torch.cat([part.u * part.s for part in parts], dim=1)
     u, s, vh = numerical_svd(Factors(torch.eye(wide.shape[1], dtype=wide.dtype), wide))
     blocks = vh.split([len(part.s) for part in parts], dim=1)
-    rights = wide.new_empty(len(parts), len(s), parts[0].vh.shape[1])
-    for right, block, part in zip(rights, blocks, parts, strict=True):
-        torch.matmul(block, part.vh, out=right)
-    return u * s, rights
+    return u * s, Products(tuple(blocks), tuple(part.vh for part in parts))
 
 
 def on_dense(merge: Merge) -> Apply:
