@@ -140,6 +140,8 @@ class Room:
         self.coming = 0
         """Ranks of hosts that everyone was told to leave."""
         self._slots_coming: dict[str, int] = {}
+        self.left: set[str] = set()
+        """Hosts that someone was leaving before this decision."""
         held: dict[str, float] = {}
         for host in hosts:
             self._take_in(host, held)
@@ -156,6 +158,7 @@ class Room:
             else:
                 held[resident.team] = held.get(resident.team, 0.0) + part
         if leaving:
+            self.left.add(host.name)
             self._slots_coming[host.base] = self._slots_coming.get(host.base, 0) + leaving
         if host.idle:
             self.idle[host.name] = host

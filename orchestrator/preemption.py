@@ -6,6 +6,8 @@ residents of its own team that stand below it, and those of other teams by `Shar
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -75,30 +77,23 @@ class Preemption:
         return gives and self._room.may_share(host, asks.job)
 
     def _ranked(self, base: str, team: str) -> list[Seat]:
-        """Residents on hosts that nobody was leaving before this decision, the worst last."""
-        if (base, team) not in self._ranks:
-            seats = self._seated(base).get(team, ())
-            self._ranks[base, team] = sorted(
-                (self._worst(resident), host, resident) for resident, host in seats
-            )
-        return self._ranks[base, team]
+        """A team's residents on hosts of a base that nobody was leaving before, the worst last."""
+        if (known := self._ranks.get((base, team))) is None:
+            seats = [(self._worst(resident), host, resident) for resident, host in self._seated(base)[team]]
+            seats.sort()
+            known = self._ranks[base, team] = seats
+        return known
 
     def _seated(self, base: str) -> dict[str, list[tuple[Resident, str]]]:
-        if base not in self._seats:
-            self._seats[base] = self._seats_of(base)
-        return self._seats[base]
-
-    def _seats_of(self, base: str) -> dict[str, list[tuple[Resident, str]]]:
-        """By team, with the names of their hosts."""
-        seats: dict[str, list[tuple[Resident, str]]] = {}
-        for host in self._room.hosts_of(base):
-            if not any(resident.leaving for resident in host.residents):
-                for resident in host.residents:
-                    if resident.team in seats:
-                        seats[resident.team].append((resident, host.name))
-                    else:
-                        seats[resident.team] = [(resident, host.name)]
-        return seats
+        """The residents of those hosts by team, with the names of their hosts."""
+        if (known := self._seats.get(base)) is None:
+            known = self._seats[base] = defaultdict(list)
+            for host in self._room.hosts_of(base):
+                if host.name not in self._room.left:
+                    name = host.name
+                    for resident in host.residents:
+                        known[resident.team].append((resident, name))
+        return known
 
     def ranks_for(self, job: Waiting, missing: int) -> bool:
         """Whether whole hosts are left by all their residents, `missing` ranks or more, for the job."""
@@ -184,7 +179,10 @@ class Preemption:
         return 1, -resident.priority, level(resident.attained, resident.remaining, self._policy)
 
     def _worst(self, resident: Resident) -> Worst:
-        return self._standing(resident), resident.submitted_at, resident.job
+        # `_standing`, without the calls: a decision asks for all residents of a team that wants a slot.
+        service = resident.attained if resident.remaining is None else resident.remaining
+        standing = 1, -resident.priority, bisect_right(self._policy.levels, service)
+        return standing, resident.submitted_at, resident.job
 
 
 def _needed(chosen: list[HostView], surplus: int) -> list[HostView]:

@@ -49,7 +49,7 @@ SMALL = 8
 
 
 def measured(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float, float]:
-    """What `work` returned, its seconds, and how many MiB it took beyond what its fresh process held before."""
+    """What `work` returned, its seconds, and how many MiB it took beyond what its fresh process held."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_measure, (work, arguments))
 
