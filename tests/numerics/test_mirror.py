@@ -15,7 +15,7 @@ import pytest
 
 from tests.numerics.jobs import adapters, attach, run, test_base, three_jobs
 from tests.numerics.test_resume import assert_same
-from workers import checkpoint
+from workers import checkpoint, joins
 from workers.host import Host
 from workers.manifest import folder_digest, verify_folder
 from workers.object_store import ObjectStore
@@ -202,6 +202,23 @@ def test_torn_checkpoint_in_the_store_is_passed_over(tmp_path, url):
     events = run(base, {0: attach(elsewhere(job, "again"))})
     assert next(event.step for event in events if isinstance(event, Attached)) == 13
     assert_same(adapters(events), undisturbed)
+
+
+def test_job_whose_rows_are_encoded_beside_the_tick_goes_on_from_the_store(tmp_path, url, monkeypatch):
+    base, job = test_base(tmp_path), mirrored(tmp_path, url, 6)
+    undisturbed = alone(base, job)
+    host = Host.load(base, Ranks())
+    host.apply(attach(job)[0])
+    until_saved(host, 2)
+    host.apply(Detach(job.job, 1))
+    monkeypatch.setattr(joins, "AT_ONCE", -1)
+    again = elsewhere(job, "again")
+    host.apply(attach(again)[0])
+    events = to_the_end(host)
+    host.close()
+    assert next(event.step for event in events if isinstance(event, Attached)) >= 2
+    assert_same(adapters(events), undisturbed)
+    assert not list(Path(again.checkpoint_dir).glob(".*"))
 
 
 def until_saved(host, step):

@@ -160,6 +160,15 @@ def test_run_and_serve_with_a_bucket_that_is_not_there_end_in_one_sentence(tmp_p
     assert not world.home.folder.exists()
 
 
+def test_run_keeps_adapters_in_the_store_that_is_named(tmp_path, monkeypatch, url):
+    world = CliWorld(tmp_path)
+    monkeypatch.setenv(checkpoints.VARIABLE, url)
+    assert world.chorus("run", world.one_job()).exit_code == 0
+    (step,) = (tmp_path / "store").iterdir()
+    assert [stored.name for stored in ObjectStore(f"{url}/{step.name}").whole("")] == ["adapter"]
+    assert (world.home.folder / "checkpoints" / step.name / "adapter").is_dir()
+
+
 def test_store_that_is_away_at_the_start_is_no_mistake(s3):
     url = f"s3://{s3.bucket()}/prefix"
     with s3.away():
