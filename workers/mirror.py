@@ -60,9 +60,7 @@ def newest(spec: JobSpec) -> Path | None:
 def _newest(store: ObjectStore, spec: JobSpec, here: Path | None) -> Path | None:
     for stored in store.whole(checkpoint.STEM):
         if here is not None and stored.name <= here.name:
-            if stored.name < here.name:
-                break
-            return here
+            break
         final = Path(spec.checkpoint_dir) / stored.name
         shutil.rmtree(final, ignore_errors=True)  # torn, or it would be `here`
         try:
@@ -72,7 +70,7 @@ def _newest(store: ObjectStore, spec: JobSpec, here: Path | None) -> Path | None
         else:
             return final
     if here is not None:
-        store.put(here)
+        store.put(here)  # nothing to do if it is there
     return here
 
 

@@ -118,20 +118,41 @@ def test_store_that_is_away_is_waited_for_in_words(world, url, monkeypatch):
     assert times[2] - times[1] > times[1] - times[0]
 
 
-@pytest.mark.parametrize("harm", ["altered", "gone", "another"])
+def weights_in(store):
+    (weights,) = store.glob("*/adapter.*/adapter_model.safetensors")
+    return weights
+
+
+def put_others(world, url, weights):
+    """Adapters that were not the one made, under ids before and after its."""
+    for number in range(6):
+        folder = world.folder / f"other-{number}" / "adapter"
+        with publish_folder(folder) as scratch:
+            write_peft(scratch, 4, 4, f"{number:064}")
+        ObjectStore(f"{url}/{weights.parent.parent.name}").put(folder)
+
+
+def test_adapter_is_fetched_by_the_digest_on_record(world, url, tmp_path):
+    world.submit(finance())
+    trained(world, url)
+    put_others(world, url, weights_in(tmp_path / "store"))
+    world.run(checkpoints=url)
+    assert world.job("finance").status is Status.SUCCEEDED, world.words()
+    assert world.cluster.asked("Attach") == []
+
+
+@pytest.mark.parametrize("harm", ["altered", "gone", "others"])
 def test_adapter_that_the_store_does_not_have_as_it_was_made_is_made_again(world, url, tmp_path, harm):
     world.submit(finance())
     trained(world, url)
-    (weights,) = (tmp_path / "store").glob("*/adapter.*/adapter_model.safetensors")
+    weights = weights_in(tmp_path / "store")
     if harm == "altered":
         content = weights.read_bytes()
         weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     else:
         shutil.rmtree(weights.parent)
-    if harm == "another":
-        with publish_folder(tmp_path / "adapter") as scratch:
-            write_peft(scratch, 4, 4, "0" * 64)
-        ObjectStore(f"{url}/{weights.parent.parent.name}").put(tmp_path / "adapter")
+    if harm == "others":
+        put_others(world, url, weights)
     world.run(checkpoints=url)
     assert world.job("finance").status is Status.SUCCEEDED, world.words()
     assert len(world.cluster.asked("Attach")) == 1
