@@ -1,9 +1,9 @@
 """Published folders in an object store: whole or absent there too, verified on the way up and down.
 
 The only `import fsspec`; imported once someone has named a store. A store knows no rename: the files of a
-folder go up first and are verified, its manifest goes up last, and a folder without one is absent. Nothing is
-written over: `step-000012` goes to `step-000012.<id>`, named by the digest of its manifest. So a writer that
-was killed, or that lags behind another, tears no folder but its own, and a folder put twice is there once.
+folder go up first and are verified, its manifest goes up last, and a folder without one is absent. No folder
+is written over another: `step-000012` goes to `step-000012.<id>`, named by the digest of its manifest. So a
+writer that was killed, or that lags behind another, tears none but its own, and one put twice is there once.
 """
 
 # fsspec has no types.
@@ -29,6 +29,8 @@ from fsspec.utils import get_protocol
 from workers.manifest import MANIFEST, CorruptFolder, file_digest, files_digest, publish_folder
 from workers.types import CheckpointsAway
 
+Entries = Mapping[str, Mapping[str, Any]]
+"""Of a manifest: name -> sha256 and bytes."""
 ID_DIGITS = 16
 OF_THE_USER = ("Credentials", "Validation", "Region", "Profile")
 """In the names of botocore's errors that no waiting mends: it derives them from nothing that says so."""
@@ -65,27 +67,25 @@ class ObjectStore:
     def put(self, folder: Path) -> None:
         """Copy a published folder; on return it is whole in the store, and verified there.
 
-        Verified is every file's size, and its MD5 where the store's ETag is that (an S3 object that was put
-        in one piece and is not encrypted with a key of the user's); otherwise it is read back for its
-        SHA-256, as the manifest is always. That a file it has taken is durable, the store itself promises.
+        What the store has already is not sent again, what it has no longer as it was put is. Verified is
+        every file's size, and its MD5 where the store's ETag is that (an S3 object that was put in one piece
+        and is not encrypted with a key of the user's); otherwise it is read back for its SHA-256, as the
+        manifest is always. That a file it has taken is durable, the store itself promises.
         """
         text = (folder / MANIFEST).read_bytes()
         place = self._place(f"{folder.name}.{_id(text)}")
-        files: Mapping[str, Mapping[str, Any]] = json.loads(text)["files"]
+        files: Entries = json.loads(text)["files"]
         with self._asked():
-            if self._manifest(place, self._listed(place)) is not None:
-                return
-            for name in files:
+            lacking = self._lacking(place, folder, files)
+            for name in lacking:
                 self._fs.put_file(str(folder / name), f"{place}/{name}")
-            found = self._listed(place)
-            for name, entry in files.items():
-                if not self._holds(f"{place}/{name}", found.get(name), folder / name, entry["sha256"]):
-                    raise CheckpointsAway(f"{self._shown} does not hold {folder.name}/{name} as it was put")
-            self._fs.pipe_file(f"{place}/{MANIFEST}", text)
-            if self._fs.cat_file(f"{place}/{MANIFEST}") != text:
-                raise CheckpointsAway(
-                    f"{self._shown} does not hold the manifest of {folder.name} as it was put"
-                )
+            wrong = self._lacking(place, folder, lacking)
+            if not wrong and self._manifest(place, self._listed(place)) is None:
+                self._fs.pipe_file(f"{place}/{MANIFEST}", text)
+                wrong = {MANIFEST: {}} if self._fs.cat_file(f"{place}/{MANIFEST}") != text else {}
+            if wrong:
+                name = f"{folder.name}/{next(iter(wrong))}"
+                raise CheckpointsAway(f"{self._shown} does not hold {name} as it was put")
 
     def whole(self, prefix: str) -> Iterator[Stored]:
         """Folders whose names begin so, by name, the last first: their manifest can be read, and every file
@@ -101,7 +101,7 @@ class ObjectStore:
     def fetch(self, stored: Stored, final: Path) -> None:
         """Publish a folder at `final`. Raises CorruptFolder if a byte is not what its manifest says, and as
         `publish_folder`."""
-        files: Mapping[str, Mapping[str, Any]] = stored.manifest["files"]
+        files: Entries = stored.manifest["files"]
         extra = {key: value for key, value in stored.manifest.items() if key != "files"}
         known: dict[str, str] = {}
         with publish_folder(final, extra, known) as scratch:
@@ -151,9 +151,18 @@ class ObjectStore:
         if _id(text) != place.rpartition(".")[2]:
             return None
         manifest: Mapping[str, Any] = json.loads(text)
-        files: Mapping[str, Mapping[str, Any]] = manifest["files"]
+        files: Entries = manifest["files"]
         whole = all(_stays_inside(name) and _size(found.get(name)) == files[name]["bytes"] for name in files)
         return manifest if whole else None
+
+    def _lacking(self, place: str, folder: Path, files: Entries) -> Entries:
+        """Of these files of a folder those that the store does not hold, or not as they are."""
+        found = self._listed(place) if files else {}
+        return {
+            name: entry
+            for name, entry in files.items()
+            if not self._holds(f"{place}/{name}", found.get(name), folder / name, entry["sha256"])
+        }
 
     def _holds(self, place: str, info: Mapping[str, Any] | None, path: Path, sha256: str) -> bool:
         if info is None or _size(info) != path.stat().st_size:

@@ -111,8 +111,15 @@ def test_upload_that_breaks_off_leaves_no_folder_and_can_be_done_again(store, ob
             store.put(folder)
     assert len(objects.paths()) == 1
     assert names(store) == []
+
+    def counting(path, place):
+        sent.append(place)
+        return put_file(path, place)
+
+    monkeypatch.setattr(store._fs, "put_file", counting)
     store.put(folder)
     assert names(store) == ["step-000003"]
+    assert len(sent) == len(set(sent)) == 2, "what was there already is not sent again"
 
 
 def test_upload_that_is_not_kept_as_it_was_sent_gets_no_manifest(store, objects, tmp_path, monkeypatch):
@@ -135,6 +142,14 @@ def test_altered_byte_is_refused_on_the_way_down_and_nothing_is_published(store,
     with pytest.raises(CorruptFolder, match=r"weights\.bin of step-000003 is not what its manifest says"):
         store.fetch(the_last(store), tmp_path / "there" / "step-000003")
     assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_altered_byte_is_mended_by_who_puts_the_folder_again(store, objects, tmp_path):
+    folder = published(tmp_path / "here", "step-000003")
+    store.put(folder)
+    objects.alter("weights.bin", flipped)
+    store.put(folder)
+    store.fetch(the_last(store), tmp_path / "there" / "step-000003")
 
 
 def test_torn_folders_are_absent(store, objects, tmp_path):
