@@ -59,6 +59,7 @@ class Reason(StrEnum):
     RESUMED_BY_USER = "resumed_by_user"
     REGISTRY_AWAY = "registry_away"
     DISK_FULL = "disk_full"
+    CHECKPOINTS_AWAY = "checkpoints_away"
     CANCELLED_BY_USER = "cancelled_by_user"
     PARENT_FAILED = "parent_failed"
     BAD_DATA = "bad_data"
@@ -115,6 +116,11 @@ REASONS: dict[Reason, ReasonRow] = {
     ),
     Reason.DISK_FULL: ReasonRow(
         Status.WAITING, 100, "the disk is full; will be tried again, from the last checkpoint"
+    ),
+    Reason.CHECKPOINTS_AWAY: ReasonRow(
+        Status.WAITING,
+        None,
+        "the object store of checkpoints does not answer; will be tried again, from the last checkpoint",
     ),
     Reason.CANCELLED_BY_USER: ReasonRow(Status.CANCELLED, 0, "cancelled"),
     Reason.PARENT_FAILED: ReasonRow(Status.FAILED, 0, "a job it depends on did not succeed"),

@@ -32,6 +32,20 @@ APART = (
 RAY = "integration/test_cluster"
 
 
+@pytest.fixture(scope="session")
+def s3():
+    """A server, found by every process that is started from here."""
+    # Here: few tests need what it imports.
+    from tests.s3 import S3
+
+    with pytest.MonkeyPatch.context() as patch:
+        server = S3()
+        for name, value in server.settings.items():
+            patch.setenv(name, value)
+        yield server
+        server.close()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place(file_of(item.nodeid)))

@@ -24,6 +24,8 @@ from workers.manifest import MANIFEST, CorruptFolder, publish_folder, remove_scr
 from workers.tensors import save_tensors
 
 KEPT = 2
+STEM = "step-"
+"""What the names of checkpoints begin with."""
 OPTIMIZER = "optimizer.safetensors"
 PROGRESS = "progress.json"
 
@@ -79,7 +81,7 @@ def save_adapter(
 
 
 def path_of(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:06d}"
+    return folder / f"{STEM}{step:06d}"
 
 
 def newest(folder: Path) -> Path | None:
@@ -97,7 +99,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def _newest_first(folder: Path) -> Iterator[Path]:
-    return iter(sorted(folder.glob("step-*"), reverse=True))
+    return iter(sorted(folder.glob(f"{STEM}*"), reverse=True))
 
 
 def _verifies(path: Path) -> bool:

@@ -33,8 +33,8 @@ from workers.types import (
     SearchWeights,
 )
 
-JOIN_SECONDS = 0.5
-"""Longest wait of a tick that has nothing else to do for jobs that are on their way in."""
+IDLE_SECONDS = 0.5
+"""Longest wait of a tick that has nothing else to do, for jobs on their way in or for what is being saved."""
 
 
 class Host:
@@ -95,11 +95,11 @@ class Host:
         """What has become durable is told, jobs whose rows are encoded join, what waits to be scored is, the
         residents train, and every search makes a trial.
 
-        With none of these to do it waits for those on their way in, or for what is not durable yet.
+        With none of these to do it waits a while for those on their way in, or for what is not durable yet.
         """
         idle = not self._seats.able() and not self._judging
-        events = self._seats.saved(lambda _: idle and not self._joins)
-        events += self.take_in(JOIN_SECONDS if idle else 0.0)
+        events = self._seats.saved(lambda _: idle and not self._joins, IDLE_SECONDS)
+        events += self.take_in(IDLE_SECONDS if idle else 0.0)
         events += self._evaluations.go_on(self._seats.has_room)
         if able := self._seats.able():
             events += self.training.go_on(able)

@@ -1,8 +1,8 @@
 """Jobs on their way onto a host: their rows are encoded beside the tick, and they join once that is done.
 
 Small data is encoded at once, between two ticks: that takes less than to hand it over. Larger data goes to
-`workers.encoder`. Every rank holds the same list of what is under way, so that a job becomes resident, or is
-stopped, on all ranks between the same two ticks.
+`workers.encoder`, and a thread asks the object store, if the job has one. Every rank holds the same list of
+what is under way, so that a job becomes resident, or is stopped, on all ranks between the same two ticks.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from workers import checkpoint
+from workers import checkpoint, mirror
 from workers.disk import Problem
 from workers.encoded import size_of
 from workers.encoder import Encoder
 from workers.ranks import Ranks
-from workers.types import JobSpec
+from workers.types import CheckpointsAway, JobSpec
 
 AT_ONCE = 32 * 1024
 """Bytes of data that are encoded between two ticks: some 20 ms of short rows."""
@@ -63,7 +63,7 @@ class Joins:
     def begin(self, spec: JobSpec) -> Prepared | None:
         """Begin to prepare a job; what there is to prepare if it can join at once. Collective."""
         at_once = None
-        if self._ranks.rank == 0 and size_of(spec) <= AT_ONCE:
+        if self._ranks.rank == 0 and size_of(spec) <= AT_ONCE and not spec.checkpoint_url:
             at_once = Prepared(checkpoint.newest(Path(spec.checkpoint_dir)))
         if prepared := self._ranks.broadcast(at_once):
             return prepared
@@ -100,8 +100,12 @@ class Joins:
 
     def _prepare(self, spec: JobSpec, rows: Path) -> Outcome:
         try:
-            newest = checkpoint.newest(Path(spec.checkpoint_dir))
+            newest = mirror.newest(spec)
+            if size_of(spec) <= AT_ONCE:
+                return Prepared(newest), None
             return Prepared(newest, rows), self._encoder.encode(spec, rows)
+        except CheckpointsAway as error:
+            return Prepared(), ("checkpoints_away", f"cannot look for its newest checkpoint: {error}")
         except OSError as error:
             return Prepared(), ("internal_error", f"its rows cannot be encoded: {error}")
 

@@ -109,7 +109,12 @@ def verify_listed(folder: Path) -> dict[str, Any]:
 
 def folder_digest(folder: Path) -> str:
     """One SHA-256 over the names and digests of every file of a folder, manifest excluded."""
-    return json_digest({name: entry["sha256"] for name, entry in folder_files(folder).items()})
+    return files_digest(folder_files(folder))
+
+
+def files_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """`folder_digest` of a folder whose manifest has these `files`."""
+    return json_digest({name: entry["sha256"] for name, entry in files.items()})
 
 
 def remove_scratch(parent: Path) -> None:

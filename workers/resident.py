@@ -181,13 +181,15 @@ class Resident:
         self.reports.append(report)
         return report
 
-    def due(self, per_epoch: int) -> bool:
-        """Whether something done `per_epoch` times an epoch, and at the very end, is due after this step."""
-        if self.finished:
+    def due(self, per_epoch: int, ahead: int = 0) -> bool:
+        """Whether something done `per_epoch` times an epoch, and at the very end, is due after this step, or
+        after so many more."""
+        step = self.step + ahead
+        if step >= self.num_steps:
             return True
         epoch = steps_per_epoch(self.train_rows, sum(course.batch_size for course in self.courses))
         every = max(1, epoch // max(1, per_epoch))
-        return per_epoch > 0 and self.step % every == 0
+        return per_epoch > 0 and step % every == 0
 
 
 def settle(

@@ -1,4 +1,4 @@
-"""Checkpoints and adapters on their way to disk, off the tick's path.
+"""Checkpoints and adapters on their way to disk, and to an object store, off the tick's path.
 
 What is to be written is copied to host memory between two ticks. One thread of rank 0 writes, fsyncs and
 renames it, in the order of asking; the event that tells of it goes out once it is durable. Every rank holds
@@ -7,16 +7,22 @@ the same list of what is under way, so that all of them hear of an end, or of a 
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import takewhile
 
 from workers.disk import Problem, written
 from workers.ranks import Ranks
 from workers.types import CheckpointSaved, TrainingFinished
 
 Told = CheckpointSaved | TrainingFinished
+ROUND_SECONDS = 5.0
+"""Longest wait of the peers in one collective: an object store may take minutes, and a peer that waits for
+long takes rank 0 for dead."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +56,25 @@ class Saves:
         outcome = self._thread.submit(written, write) if self._thread else None
         self._under_way.append(Save(event, outcome))
 
-    def ended(self, wait_for: Callable[[Told], bool] = lambda _: False) -> list[tuple[Told, Problem | None]]:
-        """What has ended, in order, with what kept it from the disk; waits for all that `wait_for` picks.
+    def ended(
+        self, wait_for: Callable[[Told], bool] = lambda _: False, seconds: float = math.inf
+    ) -> list[tuple[Told, Problem | None]]:
+        """What has ended, in order, with what kept it from being durable; waits for all that `wait_for`
+        picks, at most so long.
 
         Collective if anything is under way. After a failure nothing more of the same attempt is told.
         """
-        if not self._under_way:
-            return []
-        found = self._outcomes(wait_for) if self._ranks.rank == 0 else None
-        ended = [(self._under_way.popleft().event, problem) for problem in self._ranks.broadcast(found)]
+        told: list[tuple[Told, Problem | None]] = []
+        until, waits = time.monotonic() + seconds, True
+        while self._under_way and waits:
+            found = self._outcomes(wait_for, until) if self._ranks.rank == 0 else None
+            outcomes, waits = self._ranks.broadcast(found)
+            told += self._take(outcomes)
+        return told
+
+    def _take(self, outcomes: list[Problem | None]) -> list[tuple[Told, Problem | None]]:
+        """What is told of the first saves under way, which have ended so."""
+        ended = [(self._under_way.popleft().event, problem) for problem in outcomes]
         told: list[tuple[Told, Problem | None]] = []
         failed: set[tuple[str, int]] = set()
         for event, problem in ended:
@@ -70,16 +86,16 @@ class Saves:
         self._under_way = deque(s for s in self._under_way if (s.event.job, s.event.attempt) not in failed)
         return told
 
-    def _outcomes(self, wait_for: Callable[[Told], bool]) -> list[Problem | None]:
-        """Of the first saves under way, as far as they are done or waited for; rank 0 alone knows."""
+    def _outcomes(self, wait_for: Callable[[Told], bool], until: float) -> tuple[list[Problem | None], bool]:
+        """Of the first saves under way, as far as they are done, and whether more are waited for.
+
+        Rank 0 alone knows. It waits for a round.
+        """
         least = max((n for n, save in enumerate(self._under_way, 1) if wait_for(save.event)), default=0)
-        outcomes: list[Problem | None] = []
-        for number, save in enumerate(self._under_way):
-            assert save.outcome is not None, "rank 0 writes"
-            if number >= least and not save.outcome.done():
-                break
-            outcomes.append(save.outcome.result())
-        return outcomes
+        asked = [save.outcome for save in self._under_way if save.outcome is not None]
+        wait(asked[:least], max(0.0, min(ROUND_SECONDS, until - time.monotonic())))
+        outcomes = [outcome.result() for outcome in takewhile(Future.done, asked)]
+        return outcomes, len(outcomes) < least and time.monotonic() < until
 
     def close(self) -> None:
         """Returns when the thread has written all it was given."""

@@ -5,10 +5,11 @@ Collective: all ranks hold the same residents and make the same calls.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from workers import checkpoint
+from workers import checkpoint, mirror
 from workers.adapter import Adapter
 from workers.base import Base
 from workers.capacity import Capacity
@@ -46,15 +47,18 @@ class Seats:
         return self._capacity.takes(self.adapter_parameters + parameters)
 
     def able(self) -> dict[str, Resident]:
-        """The residents but those that are a step ahead of a checkpoint that is not durable yet.
+        """The residents but those that are a step ahead of a checkpoint that is not durable yet, or would
+        wait for it after the next step.
 
-        They sit out: a kill undoes what lies between two checkpoints and one step, however slow the disk.
+        They sit out: a kill undoes what lies between two checkpoints and one step, however slow the disk or
+        the object store, and no neighbour waits with them.
         """
-        return {
-            job: resident
-            for job, resident in self.residents.items()
-            if not self._saves.behind(job, resident.step)
-        }
+        return {job: resident for job, resident in self.residents.items() if not self._waits(resident)}
+
+    def _waits(self, resident: Resident) -> bool:
+        job, training = resident.spec.job, resident.spec.training
+        saves_next = self._saves.of(job) and resident.due(training.saves_per_epoch, ahead=1)
+        return saves_next or self._saves.behind(job, resident.step)
 
     def close(self) -> list[Event]:
         """Returns when all that was being saved is durable, and says so."""
@@ -96,7 +100,7 @@ class Seats:
 
     def save(self, resident: Resident) -> list[Event]:
         """Begin a checkpoint, once the job's last one is durable: memory holds one copy of a job at most."""
-        spec, folder, digest = resident.spec, Path(resident.spec.checkpoint_dir), self._base.spec.digest
+        spec, digest = resident.spec, self._base.spec.digest
         events = self.settled(spec.job)
         if spec.job not in self.residents:
             return events
@@ -105,9 +109,9 @@ class Seats:
             resident.optimizer.tensors(),
             resident.progress(),
         )
-        path = checkpoint.path_of(folder, resident.step)
+        path = checkpoint.path_of(Path(spec.checkpoint_dir), resident.step)
         saved = CheckpointSaved(spec.job, spec.attempt, resident.step, str(path))
-        self._saves.begin(saved, lambda: checkpoint.save(folder, state, digest))
+        self._saves.begin(saved, lambda: mirror.save(spec, state, digest))
         return events
 
     def publish(self, resident: Resident) -> None:
@@ -116,7 +120,7 @@ class Seats:
         finished = TrainingFinished(spec.job, spec.attempt, resident.step, str(path))
         adapter, digest = self._export(resident), self._base.spec.digest
         grams = gram_matrices(self._base, self._ranks, resident)
-        self._saves.begin(finished, lambda: checkpoint.save_adapter(path, adapter, digest, grams))
+        self._saves.begin(finished, lambda: mirror.save_adapter(spec, path, adapter, digest, grams))
         self.leave(resident)
 
     def _export(self, resident: Resident) -> Adapter:
@@ -126,10 +130,13 @@ class Seats:
         """Wait for all that is being saved of a job."""
         return self.saved(lambda event: event.job == job) if self._saves.of(job) else []
 
-    def saved(self, wait_for: Callable[[Told], bool] = lambda _: False) -> list[Event]:
-        """What has become durable; a job that could not be saved is stopped. Waits for what is picked."""
+    def saved(
+        self, wait_for: Callable[[Told], bool] = lambda _: False, seconds: float = math.inf
+    ) -> list[Event]:
+        """What has become durable; a job that could not be saved is stopped. Waits for what is picked, at
+        most so long."""
         events: list[Event] = []
-        for event, problem in self._saves.ended(wait_for):
+        for event, problem in self._saves.ended(wait_for, seconds):
             resident = self.residents.get(event.job)
             if problem is None:
                 events.append(event)

@@ -13,12 +13,24 @@ from typing import Any, Literal
 TaskType = Literal["chat", "classification", "recommendation"]
 TASK_TYPES: tuple[TaskType, ...] = ("chat", "classification", "recommendation")
 
-StopCode = Literal["diverged", "bad_data", "out_of_memory", "waits_for_memory", "disk_full", "internal_error"]
+StopCode = Literal[
+    "diverged",
+    "bad_data",
+    "out_of_memory",
+    "waits_for_memory",
+    "disk_full",
+    "checkpoints_away",
+    "internal_error",
+]
 """Why a host stops a job by itself. `orchestrator.job.REASONS` maps each to a status and to words."""
 
 
 class BadInput(ValueError):
     """Something a user wrote is wrong. The message is one sentence: file, key or row, and what to do."""
+
+
+class CheckpointsAway(OSError):
+    """The object store of the checkpoints does not do what it is asked. It may, later: nothing is lost."""
 
 
 class Superseded(Exception):
@@ -161,6 +173,8 @@ class JobSpec:
     """Then the rows are its teachers', and `train` and `validation` are empty."""
     gram_rows: int = 0
     """Training rows from which `gram.safetensors` is made beside the finished adapter; 0 for none."""
+    checkpoint_url: str = ""
+    """Where an object store keeps the same (any URL of fsspec's); empty for the folder alone."""
 
 
 @dataclass(frozen=True)

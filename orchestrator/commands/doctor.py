@@ -14,7 +14,9 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from orchestrator import checkpoints
 from orchestrator.commands.output import grid
+from workers.types import CheckpointsAway
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,6 +51,7 @@ def checks(home: Path) -> list[Check]:
         _cores(),
         _memory(),
         _disk(home),
+        *_checkpoints(),
         _shared_memory(),
         _loopback(),
         _compiler(),
@@ -129,6 +132,21 @@ def _disk(home: Path) -> Check:
         return Check("disk", "missing", f"{folder} cannot be written to", "choose another --home")
     todo = f"{_gigabytes(DISK_BYTES)} are needed: free some, or choose another --home"
     return _check("disk", free >= DISK_BYTES, f"{_gigabytes(free)} free in {folder}", todo)
+
+
+def _checkpoints() -> Iterator[Check]:
+    """The object store of checkpoints, if one is named."""
+    if not checkpoints.named():
+        return
+    what = checkpoints.VARIABLE
+    try:
+        found = checkpoints.trouble()
+    except ModuleNotFoundError as error:
+        yield Check(what, "missing", "cannot be used", f"{error.name} is not installed")
+    except CheckpointsAway as error:
+        yield Check(what, "missing", "does not answer", f"see whether it is up, or correct it: {error}")
+    else:
+        yield _check(what, found is None, "cannot be used" if found else "can be used", found or "")
 
 
 def _shared_memory() -> Check:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from orchestrator import checkpoints
 from orchestrator.api import errors
 from orchestrator.api.outcome import outcome
 from orchestrator.api.planning import releases
@@ -59,6 +60,7 @@ def run(parts: Parts, options: RunOptions) -> int:
     anything is made.
     """
     pipeline = load_pipeline(options.file)
+    checkpoints.check()
     out = console()
     for notice in pipeline.notices:
         out.print(f"note: {notice}", soft_wrap=True)

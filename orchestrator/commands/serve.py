@@ -6,6 +6,7 @@ from contextlib import ExitStack
 
 from rich.console import Console
 
+from orchestrator import checkpoints
 from orchestrator.api import errors
 from orchestrator.api.planning import releases_of
 from orchestrator.commands.leftovers import remove_unpublished
@@ -16,7 +17,8 @@ from orchestrator.home import Home
 
 
 def serve(parts: Parts, home: Home, choice: ClusterChoice, out: Console) -> int:
-    """Work on the queue until Ctrl-C or SIGTERM; the exit code. Raises HomeBusy."""
+    """Work on the queue until Ctrl-C or SIGTERM; the exit code. Raises HomeBusy, BadInput."""
+    checkpoints.check()
     with told_of_a_full_disk(home, f"chorus serve{home.flag()}"), ExitStack() as stack:
         stack.enter_context(home.claim())
         store = stack.enter_context(parts.store(home))

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from orchestrator import checkpoints
 from orchestrator.commands.parts import ClusterChoice, Parts
 from orchestrator.contracts import Cluster
 from orchestrator.control.controller import Controller
@@ -39,7 +40,7 @@ def work(
         store.wait_for_it(STORE_PATIENCE)
         cluster = stack.enter_context(_beside_the_server(parts, home, choice))
         registry = stack.enter_context(parts.registry(home))
-        controller = Controller(store, cluster, registry, home.folder, only)
+        controller = Controller(store, cluster, registry, home.folder, only, checkpoints=checkpoints.named())
         controller.run(on_tick=on_tick, until=until, forever=forever)
 
 

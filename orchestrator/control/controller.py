@@ -41,7 +41,7 @@ from orchestrator.store.engine import StoreUnreachable
 from orchestrator.store.rows import JobRow
 from orchestrator.store.store import Store
 from orchestrator.who import user_at_machine
-from workers.types import BadInput, Superseded
+from workers.types import BadInput, CheckpointsAway, Superseded
 
 TICK_SECONDS = 0.1
 CALM_SECONDS, CALM_AFTER = 0.5, 1.0
@@ -69,12 +69,13 @@ class Controller:
         run: str | None = None,
         clock: Callable[[], float] = time.time,
         start: Start = on_a_thread,
+        checkpoints: str = "",
     ) -> None:
-        """`start` has done what is asked of the registry."""
+        """`start` has done what is asked of the registry; `checkpoints` as in `Ledger`."""
         self._home = home = home.resolve()
         self._run = run
         self._backoff = Backoff(clock)
-        self._work = work = Work(store, cluster, home, clock)
+        self._work = work = Work(store, cluster, home, clock, checkpoints)
         self._errands = Errands(start)
         self._curves = CurveExport(store, registry, self._errands, self._backoff, clock)
         registration = Registration(registry, work.ledger, self._curves, home)
@@ -319,6 +320,9 @@ class Controller:
             self._stop(job, Reason.BAD_DATA, str(error))
         except LostFolder as error:
             self._redo(job, error)
+        except CheckpointsAway as error:
+            if job in self._work.jobs:
+                self._work.pause(job, Reason.CHECKPOINTS_AWAY, str(error))
         except Exception as error:
             log.exception("job %s failed", job)
             if is_full(error) and job in self._work.jobs:

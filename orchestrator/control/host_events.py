@@ -161,6 +161,8 @@ def _job_stopped(work: Work, event: JobStopped) -> None:
     if event.code == "disk_full":
         folder = work.ledger.checkpoint_dir(work.order(event.job).series)
         work.disk_full(event.job, folder, words, event.attempt)
+    elif event.code == "checkpoints_away":
+        work.pause(event.job, Reason.CHECKPOINTS_AWAY, words, event.attempt)
     else:
         work.switch(event.job, Reason(event.code), words, attempt=event.attempt)
 

@@ -1,13 +1,15 @@
 """Finished steps and the folders they made: what a job can skip, and what its next step is.
 
-Reads and writes the store's `steps`. A folder is verified whenever a step needs it; one that is gone or
-altered makes its step undone, so that it is done again.
+Reads and writes the store's `steps`. A folder is verified whenever a step needs it; one that is gone is
+fetched from the object store of checkpoints, if there is one that has it; else one that is gone or altered
+makes its step undone, so that it is done again.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -36,9 +38,11 @@ class LostFolder(Exception):
 class Ledger:
     """The steps of the jobs at hand, in memory over the store; this process is their only writer."""
 
-    def __init__(self, store: Store, home: Path) -> None:
+    def __init__(self, store: Store, home: Path, checkpoints: str = "") -> None:
+        """`checkpoints`: the URL of an object store that has them as well; empty for none."""
         self._store = store
         self._home = home
+        self._checkpoints = checkpoints
         self._results: dict[str, Mapping[str, Any]] = {}
         self.changes = 0
         """How often a step was done or undone."""
@@ -81,6 +85,10 @@ class Ledger:
         """Equal training has one folder, whichever job does it."""
         return self._home / "checkpoints" / step
 
+    def checkpoint_url(self, step: str) -> str:
+        """Where the object store has what `checkpoint_dir` holds; empty without one."""
+        return f"{self._checkpoints}/{step}" if self._checkpoints else ""
+
     def search_dir(self, step: str) -> Path:
         """Where a search keeps its table of trials."""
         return self._home / "searches" / step
@@ -99,6 +107,32 @@ class Ledger:
         if folder_digest(folder) != result["digest"]:
             raise LostFolder(step, folder, f"{folder} is not the adapter that was made there")
         return folder
+
+    def elsewhere(self, step: str) -> bool:
+        """Whether the adapter of a finished training is not in this home, but may be in the object store."""
+        folder = self._home / self.result(step)["adapter_dir"]
+        trained = folder.parent == self.checkpoint_dir(step)
+        return bool(self._checkpoints) and trained and not folder.exists()
+
+    def fetch(self, step: str) -> None:
+        """Have the adapter of a finished step in this home. An errand may ask, and several for one adapter.
+
+        Raises LostFolder if the object store has none that is whole and the one that was made,
+        CheckpointsAway.
+        """
+        if not self.elsewhere(step):
+            return
+        # Here: only who has named a store needs what speaks to it.
+        from workers.object_store import ObjectStore, shown
+
+        result, url = self.result(step), self.checkpoint_url(step)
+        folder, store = self._home / result["adapter_dir"], ObjectStore(url)
+        for stored in store.whole(folder.name):
+            if stored.digest == result["digest"]:
+                with suppress(CorruptFolder, FileExistsError):
+                    store.fetch(stored, folder)
+        if not folder.exists():
+            raise LostFolder(step, folder, f"{folder} is gone, and {shown(url)} has no copy of it")
 
     def adapter_result(self, folder: Path, **more: Any) -> dict[str, Any]:
         """The result of a step that made an adapter. Raises CorruptFolder."""

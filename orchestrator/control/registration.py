@@ -50,6 +50,7 @@ class Registration:
 
     def register(self, order: Order, step_id: str) -> dict[str, Any]:
         """One whole version in the registry, beside its run's evaluation; the step's result."""
+        self.ledger.fetch(order.registered.adapter)
         new = self._new_version(order, step_id)
         self.registry.log_evaluation(new.run_id, new.scores)
         self.registry.log_evaluation(new.run_id, new.base_scores, prefix="base")

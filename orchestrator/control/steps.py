@@ -5,15 +5,14 @@ Steps of a job are done in order, one at a time. Nothing here decides who goes f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
-from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from orchestrator.contracts import TaskResult
+from orchestrator.control.asking import Asking, Guard
 from orchestrator.control.curve_export import Backoff
 from orchestrator.control.errands import Errands
 from orchestrator.control.fleet import Host
@@ -30,6 +29,7 @@ from orchestrator.plan.steps import (
     SearchWhat,
     Step,
     TrainWhat,
+    made_adapters,
     registered_adapters,
 )
 from orchestrator.policy import DEFAULT_TEAM
@@ -37,9 +37,8 @@ from orchestrator.queue import Need, Waiting
 from orchestrator.store.rows import JobRow
 from workers.types import Attach, Command, Evaluate, ExportTask, FuseTask, SearchSpec, SearchWeights, Task
 
-T = TypeVar("T")
-Guard = Callable[[str], AbstractContextManager[None]]
-"""Under which something is done for a job: what it raises becomes the job's status."""
+PAUSED = (Reason.DISK_FULL, Reason.CHECKPOINTS_AWAY)
+"""Of jobs that are tried again after a pause: what they could not keep, they may later."""
 
 
 class Steps:
@@ -56,7 +55,7 @@ class Steps:
         self._work = work
         self._ledger: Ledger = work.ledger
         self._registration = registration
-        self._errands = errands
+        self._asking = Asking(work, errands, registry_backoff, guard)
         self._backoff = registry_backoff
         self._guard = guard
         self._fetched: dict[tuple[str, int], dict[str, str]] = {}
@@ -91,7 +90,7 @@ class Steps:
             return None
         if job.reason is Reason.REGISTRY_AWAY and self._backoff.away:
             return None
-        if job.reason is Reason.DISK_FULL and self._work.pauses(job.id):
+        if job.reason in PAUSED and self._work.pauses(job.id):
             return None
         if self._work.still_seated(job.id):
             return None  # It was told to leave, and goes on from what it saves on the way out.
@@ -142,7 +141,8 @@ class Steps:
     def _command(self, job: JobRow, step: Step) -> Command:
         if isinstance(step.what, TrainWhat):
             folder = str(self._ledger.checkpoint_dir(step.id))
-            return Attach(step.what.attempt(job.id, job.attempt, folder, partial(self._folder, job)))
+            url = self._ledger.checkpoint_url(step.id)
+            return Attach(step.what.attempt(job.id, job.attempt, folder, partial(self._folder, job), url))
         if isinstance(step.what, SearchWhat):
             return SearchWeights(step.id, self._search(job, step.id, step.what))
         assert isinstance(step.what, EvaluateWhat), f"a host does not do {step.kind}"
@@ -243,7 +243,7 @@ class Steps:
     def _speak_to_registry(self, job: JobRow, order: Order, remaining: tuple[Step, ...]) -> None:
         """Have one registry step done; before an adapter is registered, its curve is told to the end."""
         self._work.leave(job)
-        if self._away(job):
+        if self._asking.registry_away(job):
             return
         if job.status is not Status.STOPPING and all(NEEDS[s.kind] is Need.NOTHING for s in remaining):
             self._work.switch(job.id, Reason.STEPS_DONE)
@@ -251,42 +251,34 @@ class Steps:
         done = partial(self._ledger.finish, step.id, step.kind, job.id)
         name, series = f"name {order.registered.name}", order.series
         if isinstance(step.what, PromoteWhat):
-            self._ask(job, step, {name}, partial(self._registration.promote, order, step.what), done)
-        elif not self._errands.free({name, series}):
+            promote = partial(self._registration.promote, order, step.what)
+            self._asking.registry(job, step, {name}, promote, done)
+        elif not self._asking.free({name, series}):
             return
         elif curves.behind(order):
-            self._ask(job, step, {series}, partial(curves.send, order), partial(curves.sent, order))
+            sent = partial(curves.sent, order)
+            self._asking.registry(job, step, {series}, partial(curves.send, order), sent)
         else:
-            self._ask(job, step, {name, series}, partial(self._registration.register, order, step.id), done)
+            register = partial(self._registration.register, order, step.id)
+            self._asking.registry(job, step, {name, series}, register, done)
 
     def _at_hand(self, job: JobRow, order: Order, steps: Sequence[Step]) -> bool:
-        """Whether the registered adapters that steps read are here; if not, they are asked for."""
+        """Whether the adapters that steps read are here; if not, they are asked for."""
+        if not self._asking.bring(job, steps[0], _made(order, steps)):
+            return False
         wanted = frozenset[str]().union(*(registered_adapters(step.what) for step in steps))
         if wanted <= self._fetched.get((job.id, job.attempt), {}).keys():
             return True
-        if not self._away(job):
+        if not self._asking.registry_away(job):
             fetched = partial(self._fetched.__setitem__, (job.id, job.attempt))
             lanes = {order.adapters[name] for name in wanted}
-            self._ask(job, steps[0], lanes, partial(self._registration.fetch, order, wanted), fetched)
+            fetch = partial(self._registration.fetch, order, wanted)
+            self._asking.registry(job, steps[0], lanes, fetch, fetched)
         return False
 
-    def _away(self, job: JobRow) -> bool:
-        if self._backoff.away:
-            self._work.switch(job.id, Reason.REGISTRY_AWAY)
-        return self._backoff.away
 
-    def _ask(
-        self, job: JobRow, step: Step, lanes: Set[str], ask: Callable[[], T], take_in: Callable[[T], Any]
-    ) -> None:
-        """Have something done by the registry for a step, if there is a way; else it is tried again."""
-        if self._errands.free(lanes):
-            self._work.depart(step, job, "registry")
-            self._errands.begin(lanes, ask, partial(self._answered, step.id, job.id, take_in))
-
-    def _answered(self, step: str, job: str, take_in: Callable[[T], Any], answer: Future[T]) -> bool:
-        del self._work.flights[step]
-        with self._guard(job):
-            found = answer.result()
-            self._backoff.worked()
-            take_in(found)
-        return True
+def _made(order: Order, steps: Sequence[Step]) -> frozenset[str]:
+    """The steps of whose adapters these read the files."""
+    made = frozenset[str]().union(*(made_adapters(step.what) for step in steps))
+    released = any(isinstance(step.what, ReleaseWhat) for step in steps)
+    return made | {order.registered.adapter} if released else made

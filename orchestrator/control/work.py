@@ -46,11 +46,19 @@ class Flight:
 class Work:
     """Shared by the parts of the controller; the one place where they change a status."""
 
-    def __init__(self, store: Store, cluster: Cluster, home: Path, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        cluster: Cluster,
+        home: Path,
+        clock: Callable[[], float],
+        checkpoints: str = "",
+    ) -> None:
+        """`checkpoints` as in `Ledger`."""
         self.store = store
         self.cluster = cluster
         self.clock = clock
-        self.ledger = Ledger(store, home)
+        self.ledger = Ledger(store, home, checkpoints)
         self.fleet = Fleet(cluster)
         self.books = Books.open(store.scheduling)
         self.flights: dict[str, Flight] = {}
@@ -160,12 +168,16 @@ class Work:
         self.jobs[job] = self.store.set_priority(job, priority, who)
 
     def disk_full(self, job: str, folder: Path, message: str, attempt: int | None = None) -> None:
-        """Queue a job again that found no room in `folder`, for after a pause: each twice as long."""
+        """Queue a job again that found no room in `folder`."""
+        self.pause(job, Reason.DISK_FULL, f"{message}; {room(folder)}", attempt)
+
+    def pause(self, job: str, reason: Reason, message: str, attempt: int | None = None) -> None:
+        """Queue a job again for after a pause, each twice as long: what it could not keep, it may later."""
         self._pauses.setdefault(job, Backoff(self.clock)).failed()
-        self.switch(job, Reason.DISK_FULL, f"{message}; {room(folder)}", attempt=attempt)
+        self.switch(job, reason, message, attempt=attempt)
 
     def pauses(self, job: str) -> bool:
-        """Whether a job that found its disk full is not to be tried again yet."""
+        """Whether a job that could not keep what it has is not to be tried again yet."""
         return job in self._pauses and self._pauses[job].away
 
     def found_room(self, job: str) -> None:

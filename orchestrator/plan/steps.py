@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any, Literal
@@ -41,10 +41,21 @@ class TrainWhat:
     """Id of the step whose adapter the student starts from."""
 
     def attempt(
-        self, job: str, attempt: int, checkpoint_dir: str, folder_of: Callable[[str], str]
+        self,
+        job: str,
+        attempt: int,
+        checkpoint_dir: str,
+        folder_of: Callable[[str], str],
+        checkpoint_url: str = "",
     ) -> JobSpec:
         """`folder_of` gives the folder of an adapter that is named here."""
-        spec = replace(self.spec, job=job, attempt=attempt, checkpoint_dir=checkpoint_dir)
+        spec = replace(
+            self.spec,
+            job=job,
+            attempt=attempt,
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_url=checkpoint_url,
+        )
         if spec.distill is None:
             return spec
         teachers = tuple(
@@ -128,6 +139,15 @@ What = EvaluateWhat | TrainWhat | FuseWhat | SearchWhat | RegisterWhat | Promote
 
 def registered_adapters(what: What) -> frozenset[str]:
     """The NAME@REF of which a host or a CPU task needs the files."""
+    return frozenset(name for name in _adapters(what) if "@" in name)
+
+
+def made_adapters(what: What) -> frozenset[str]:
+    """The steps of whose adapters a host or a CPU task needs the files."""
+    return frozenset(name for name in _adapters(what) if "@" not in name)
+
+
+def _adapters(what: What) -> Iterator[str]:
     match what:
         case EvaluateWhat():
             named = (what.adapter,)
@@ -139,7 +159,7 @@ def registered_adapters(what: What) -> frozenset[str]:
             named = tuple(adapter for adapter, _ in what.fuse.adapters)
         case RegisterWhat() | PromoteWhat() | ReleaseWhat():
             named = ()
-    return frozenset(name for name in named if name is not None and "@" in name)
+    yield from (name for name in named if name)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ def ray_home(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(ray_home):
+def ray_cluster(ray_home, s3):
+    """Its ranks find `s3`: they have the environment in which it was started."""
     # Here, so that the tests of this folder that need no Ray do not import it.
     from orchestrator.cluster.ray_cluster import RayCluster
 

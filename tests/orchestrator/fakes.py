@@ -167,6 +167,10 @@ def write_adapter(spec: JobSpec) -> str:
         with publish_folder(folder) as scratch:
             about = [_taught(spec) or spec.train[0].type, asdict(spec.adapter), asdict(spec.training)]
             write_peft(scratch, spec.adapter.r, spec.adapter.lora_alpha, json_digest(about))
+    if spec.checkpoint_url:
+        from workers.object_store import ObjectStore
+
+        ObjectStore(spec.checkpoint_url).put(folder)
     return str(folder)
 
 

@@ -259,6 +259,28 @@ def test_job_that_finds_its_disk_full_waits_and_goes_on_from_its_checkpoint(worl
     assert pauses[-1] >= 2 * pauses[0]
 
 
+def test_job_whose_object_store_is_away_waits_ever_longer_and_goes_on_from_its_checkpoint(world):
+    world.faults.stops["finance", 4] = "checkpoints_away"
+    world.submit(finance(max_steps=9), support())
+    said = set()
+
+    def look() -> None:
+        said.add((world.job("finance").reason, world.job("finance").message))
+        if world.now > 1040:
+            world.faults.stops.clear()
+
+    world.run(on_tick=look)
+    assert set(world.statuses().values()) == {Status.SUCCEEDED}, world.words()
+    assert (Reason.CHECKPOINTS_AWAY, "after step 3: it cannot go on") in said
+    job = world.job("finance")
+    assert [row.step for row in world.store.metrics(job.id)] == list(range(1, 10))
+    times = [event.at for event in world.store.events(job.id) if event.reason is Reason.CHECKPOINTS_AWAY]
+    pauses = [later - earlier for earlier, later in pairwise(times)]
+    assert 3 <= len(times) <= 6
+    assert pauses == sorted(pauses)
+    assert pauses[-1] >= 2 * pauses[0]
+
+
 def test_job_that_used_its_retries_fails_in_words_also_across_a_restart(world, monkeypatch):
     monkeypatch.setitem(REASONS, Reason.DISK_FULL, replace(REASONS[Reason.DISK_FULL], retries=2))
     world.faults.stops["finance", 3] = "disk_full"

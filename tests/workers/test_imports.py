@@ -1,4 +1,4 @@
-"""What computes runs where torch, transformers and PEFT's files are: no Ray, no MLflow, no pydantic."""
+"""What computes runs where torch, transformers and PEFT's files are: no Ray, MLflow, pydantic or S3."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 for name in ("ray", "mlflow", "pydantic", "sqlalchemy", "deepspeed"):
     sys.modules[name] = None
 import workers.host, workers.serve
+assert not {"workers.object_store", "s3fs"} & sys.modules.keys(), "only a named store needs them"
 """
 
 
