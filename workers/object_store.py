@@ -202,9 +202,8 @@ def problem(url: str) -> str | None:
         # Nothing lies there. A list of it fails where there is no bucket, and is empty where there is one.
         fs.find(f"{root}/.nothing")
     except ImportError as error:
-        return (
-            f"needs a package that is not installed ({_words(error)}); for s3: pip install 'chorus-lora[s3]'"
-        )
+        todo = "for s3: pip install -c constraints.txt s3fs"
+        return f"needs a package that is not installed ({_words(error)}); {todo}"
     except ValueError as error:
         return f"cannot be used: {_words(error)}; write s3://BUCKET/PREFIX, or another URL that fsspec knows"
     except FileNotFoundError as error:

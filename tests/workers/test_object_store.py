@@ -265,7 +265,7 @@ def test_store_whose_driver_is_not_installed_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     assert problem("s3://bucket/prefix") == (
         "needs a package that is not installed (Install s3fs to access S3); "
-        "for s3: pip install 'chorus-lora[s3]'"
+        "for s3: pip install -c constraints.txt s3fs"
     )
 
 
