@@ -38,11 +38,13 @@ class Line:
                 self._team = min(self._teams, key=lambda team: (shares.share(team), team))
                 self._changes = shares.changes
             waiting, closed = self._teams[self._team], self._closed[self._team]
+            # Ten thousand pass here in a decision: looked up once.
+            slot, passed, why = Need.SLOT, self._passed, Reason.WAITS_FOR_SLOT
             while waiting:
                 job = waiting.pop()
-                if job.base not in closed or job.need is not Need.SLOT or job.parents:
+                if job.base not in closed or job.need is not slot or job.parents:
                     return job
-                self._passed[job.job] = Reason.WAITS_FOR_SLOT
+                passed[job.job] = why
             del self._teams[self._team]
         return None
 

@@ -19,6 +19,8 @@ from orchestrator.queue import Standing, Waiting, aged, level, standing
 Worst: TypeAlias = tuple[Standing, float, str]
 """The larger, the sooner it has to leave: its standing, then the younger."""
 
+ABOVE_ALL: Standing = (-1, 0, 0)
+
 Seat: TypeAlias = tuple[Worst, str, Resident]
 """A resident, with the name of its host."""
 
@@ -43,6 +45,7 @@ class Preemption:
         self._of_team: dict[str, list[tuple[Worst, str]]] | None = None
         self._seats: dict[str, dict[str, list[tuple[Resident, str]]]] = {}
         self._ranks: dict[tuple[str, str], list[Seat]] = {}
+        self._lowest: dict[tuple[str, str], Standing] = {}
         self._emptied: set[str] = set()
         """Hosts that someone leaves by this decision."""
 
@@ -61,8 +64,11 @@ class Preemption:
 
     def _worst_seat(self, base: str, team: str, asks: Asks) -> tuple[Worst, str] | None:
         """The worst of a team's residents on hosts of a base that may be made to leave; its host."""
+        own = team == asks.job.team
+        if own and self._worst_standing(base, team) <= asks.standing:
+            return None  # It is asked of most jobs, and answered without an order.
         for worst, host, resident in reversed(self._ranked(base, team)):
-            if team == asks.job.team and worst[0] <= asks.standing:
+            if own and worst[0] <= asks.standing:
                 return None  # Those that come after stand no worse.
             if self._leaves(resident, host, asks):
                 return worst, host
@@ -82,6 +88,16 @@ class Preemption:
             seats = [(self._worst(resident), host, resident) for resident, host in self._seated(base)[team]]
             seats.sort()
             known = self._ranks[base, team] = seats
+        return known
+
+    def _worst_standing(self, base: str, team: str) -> Standing:
+        """Of those residents."""
+        if (known := self._lowest.get((base, team))) is None:
+            levels, worst = self._policy.levels, ABOVE_ALL
+            for resident, _ in self._seated(base)[team]:
+                service = resident.attained if resident.remaining is None else resident.remaining
+                worst = max(worst, (1, -resident.priority, bisect_right(levels, service)))
+            known = self._lowest[base, team] = worst
         return known
 
     def _seated(self, base: str) -> dict[str, list[tuple[Resident, str]]]:

@@ -124,9 +124,10 @@ class Turn:
         self.preemption = Preemption(self.room, snapshot.policy, snapshot.now)
         self.light: list[Waiting] = []
         self.heavy: list[Waiting] = []
+        cpu, nothing, light, heavy = Need.CPU, Need.NOTHING, self.light, self.heavy
         for job in snapshot.waiting:
-            heavy = job.need is Need.SLOT or job.need is Need.HOST
-            (self.heavy if heavy else self.light).append(job)
+            need = job.need
+            (light if need is cpu or need is nothing else heavy).append(job)
         self.placements: dict[str, str] = {}
         self.tasks: list[str] = []
         self.free: list[str] = []
