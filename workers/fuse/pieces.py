@@ -13,8 +13,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-SIDE = 64
-"""Rows and columns of a piece: 256 KiB for eight adapters."""
+ROWS, COLUMNS = 64, 256
+"""Of a piece: 1 MiB for eight adapters. Smaller ones would have two threads wait for Python's lock."""
 
 
 @dataclass(frozen=True)
@@ -58,5 +58,5 @@ def in_pieces(
 
 
 def _grid(rows: int, columns: int) -> Generator[tuple[slice, slice]]:
-    for row, column in product(range(0, rows, SIDE), range(0, columns, SIDE)):
-        yield slice(row, row + SIDE), slice(column, column + SIDE)
+    for row, column in product(range(0, rows, ROWS), range(0, columns, COLUMNS)):
+        yield slice(row, row + ROWS), slice(column, column + COLUMNS)
