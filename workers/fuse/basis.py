@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
-from threadpoolctl import ThreadpoolController
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from threadpoolctl import ThreadpoolController
 
 WELL = 1e-5
 """R's smallest diagonal entry over its largest, from which on B R^-1 is orthonormal to some 1e-11."""
@@ -74,6 +77,9 @@ def one_thread() -> Generator[int]:
 @cache
 def _blas() -> ThreadpoolController:
     """Of numpy's BLAS, which is not torch's; finding the libraries of a process takes milliseconds."""
+    # Here: a host, which fuses nothing, runs where this is not installed.
+    from threadpoolctl import ThreadpoolController
+
     return ThreadpoolController()
 
 
