@@ -6,7 +6,6 @@ residents of its own team that stand below it, and those of other teams by `Shar
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -93,11 +92,8 @@ class Preemption:
     def _worst_standing(self, base: str, team: str) -> Standing:
         """Of those residents."""
         if (known := self._lowest.get((base, team))) is None:
-            levels, worst = self._policy.levels, ABOVE_ALL
-            for resident, _ in self._seated(base)[team]:
-                service = resident.attained if resident.remaining is None else resident.remaining
-                worst = max(worst, (1, -resident.priority, bisect_right(levels, service)))
-            known = self._lowest[base, team] = worst
+            standings = (self._standing(resident) for resident, _ in self._seated(base)[team])
+            known = self._lowest[base, team] = max(standings, default=ABOVE_ALL)
         return known
 
     def _seated(self, base: str) -> dict[str, list[tuple[Resident, str]]]:
@@ -195,10 +191,7 @@ class Preemption:
         return 1, -resident.priority, level(resident.attained, resident.remaining, self._policy)
 
     def _worst(self, resident: Resident) -> Worst:
-        # `_standing`, without the calls: a decision asks for all residents of a team that wants a slot.
-        service = resident.attained if resident.remaining is None else resident.remaining
-        standing = 1, -resident.priority, bisect_right(self._policy.levels, service)
-        return standing, resident.submitted_at, resident.job
+        return self._standing(resident), resident.submitted_at, resident.job
 
 
 def _needed(chosen: list[HostView], surplus: int) -> list[HostView]:

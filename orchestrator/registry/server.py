@@ -212,21 +212,24 @@ def _port_is_free(port: int) -> bool:
     return True
 
 
-def _start(folder: Path, port: int | None, lock: int, seconds: float) -> tuple[str, subprocess.Popen[bytes]]:
-    """The address of a server that has answered, and its watcher. A port is nobody's until it is bound: one
-    that another process took between our look and the server's start is given up for another."""
-    for tries_left in reversed(range(PORTS_TRIED)):
-        chosen = _choose_port(folder, port)
-        url = f"http://127.0.0.1:{chosen}"
-        watcher = _launch(folder, url, lock)
-        try:
-            _wait_answered(folder, watcher, seconds)
-        except ServerFailed:
-            if port is not None or not tries_left or _port_is_free(chosen):
-                raise
-        else:
-            return url, watcher
-    raise AssertionError("the last try returns or raises")
+def _start(
+    folder: Path, port: int | None, lock: int, seconds: float, tries: int = PORTS_TRIED
+) -> tuple[str, subprocess.Popen[bytes]]:
+    """The address of a server that has answered, and its watcher.
+
+    A port is nobody's until it is bound: one that another process took between our look and the server's
+    start is given up for another.
+    """
+    chosen = _choose_port(folder, port)
+    url = f"http://127.0.0.1:{chosen}"
+    watcher = _launch(folder, url, lock)
+    try:
+        _wait_answered(folder, watcher, seconds)
+    except ServerFailed:
+        if port is not None or tries == 1 or _port_is_free(chosen):
+            raise
+        return _start(folder, port, lock, seconds, tries - 1)
+    return url, watcher
 
 
 def _launch(folder: Path, url: str, lock: int) -> subprocess.Popen[bytes]:

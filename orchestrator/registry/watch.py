@@ -53,9 +53,6 @@ def main(folder: Path, url: str, lock: int) -> int:
             while not failed:
                 failed = _serve(folder, url, users)
         return failed
-    except OSError as problem:
-        print(f"{url}: {problem}", file=sys.stderr)
-        return 1
     finally:
         _write_state(folder, url, None)
 

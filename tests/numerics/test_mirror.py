@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +11,7 @@ import pytest
 
 from tests.numerics.jobs import adapters, attach, run, test_base, three_jobs
 from tests.numerics.test_resume import assert_same
+from tests.numerics.test_saves import killed_while_it_saves
 from workers import checkpoint, joins
 from workers.host import Host
 from workers.manifest import folder_digest, verify_folder
@@ -72,21 +69,11 @@ while True:
 def test_job_killed_with_its_folder_lost_goes_on_elsewhere_from_the_store_bit_for_bit(tmp_path, url):
     base, job = test_base(tmp_path), mirrored(tmp_path, url, 24)
     undisturbed = alone(base, job)
-    command = [sys.executable, "-c", KILLED, str(tmp_path), url]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ.copy())
-    assert child.stdout is not None
-    saved: list[int] = []
-    for line in child.stdout:
-        if line.startswith("CheckpointSaved"):
-            saved.append(int(line.split()[1]))
-        if len(saved) == 5:
-            break
-    os.kill(child.pid, signal.SIGKILL)  # saving never stops here: it dies in the middle of one
-    child.wait()
+    saved = killed_while_it_saves(KILLED, tmp_path, url)
     shutil.rmtree(job.checkpoint_dir)
     events = run(base, {0: attach(elsewhere(job, "found"))})
     begun = next(event.step for event in events if isinstance(event, Attached))
-    assert saved[-1] <= begun <= saved[-1] + 2
+    assert saved <= begun <= saved + 2
     told = [event.step for event in events if isinstance(event, StepDone) and event.step > begun]
     assert told == list(range(begun + 1, 25))
     assert_same(adapters(events), undisturbed)

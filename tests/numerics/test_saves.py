@@ -140,17 +140,10 @@ while True:
 """
 
 
-def test_a_process_killed_while_it_saves_leaves_no_torn_checkpoint_and_resumes_bit_for_bit(tmp_path):
-    job = saving_often(tmp_path, 24)
-    base = test_base(tmp_path)
-    undisturbed = adapters(run(base, {0: attach(replace(job, checkpoint_dir=job.checkpoint_dir + "-alone"))}))
-
-    child = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ.copy(),
-    )
+def killed_while_it_saves(code: str, *arguments: object) -> int:
+    """The last step of which a process, killed once it has told of five saves, said that it is saved."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ.copy())
     assert child.stdout is not None
     saved: list[int] = []
     for line in child.stdout:
@@ -160,7 +153,15 @@ def test_a_process_killed_while_it_saves_leaves_no_torn_checkpoint_and_resumes_b
             break
     os.kill(child.pid, signal.SIGKILL)  # saving never stops here: it dies in the middle of one
     child.wait()
-    told = saved[-1]
+    return saved[-1]
+
+
+def test_a_process_killed_while_it_saves_leaves_no_torn_checkpoint_and_resumes_bit_for_bit(tmp_path):
+    job = saving_often(tmp_path, 24)
+    base = test_base(tmp_path)
+    undisturbed = adapters(run(base, {0: attach(replace(job, checkpoint_dir=job.checkpoint_dir + "-alone"))}))
+
+    told = killed_while_it_saves(KILLED, tmp_path)
     newest = checkpoint.newest(Path(job.checkpoint_dir))
     assert newest is not None
     assert int(newest.name.removeprefix("step-")) >= told
