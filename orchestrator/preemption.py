@@ -44,13 +44,13 @@ class Preemption:
         self._of_team: dict[str, list[tuple[Worst, str]]] | None = None
         self._seats: dict[str, dict[str, list[tuple[Resident, str]]]] = {}
         self._ranks: dict[tuple[str, str], list[Seat]] = {}
-        self._lowest: dict[tuple[str, str], Standing] = {}
+        self._lowest: dict[str, dict[str, Standing]] = {}
         self._emptied: set[str] = set()
         """Hosts that someone leaves by this decision."""
 
     def slot_for(self, job: Waiting) -> bool:
         """Whether somebody leaves a slot of the job's base for it: of all that may be made to, the worst."""
-        asks, seated = self._asks(job), self._seated(job.base).keys()
+        asks, seated = self._asks(job), self._worst_standings(job.base).keys()
         # A resident of a full host holds the least that the job could ask for.
         givers = self._room.shares.givers(job.team, job.world_size / max(job.slots, 1), aged=asks.aged)
         teams = seated & (givers | {job.team})
@@ -64,7 +64,7 @@ class Preemption:
     def _worst_seat(self, base: str, team: str, asks: Asks) -> tuple[Worst, str] | None:
         """The worst of a team's residents on hosts of a base that may be made to leave; its host."""
         own = team == asks.job.team
-        if own and self._worst_standing(base, team) <= asks.standing:
+        if own and self._worst_standings(base)[team] <= asks.standing:
             return None  # It is asked of most jobs, and answered without an order.
         for worst, host, resident in reversed(self._ranked(base, team)):
             if own and worst[0] <= asks.standing:
@@ -89,22 +89,38 @@ class Preemption:
             known = self._ranks[base, team] = seats
         return known
 
-    def _worst_standing(self, base: str, team: str) -> Standing:
-        """Of those residents."""
-        if (known := self._lowest.get((base, team))) is None:
-            standings = (self._standing(resident) for resident, _ in self._seated(base)[team])
-            known = self._lowest[base, team] = max(standings, default=ABOVE_ALL)
+    def _worst_standings(self, base: str) -> dict[str, Standing]:
+        """Team -> the worst standing of those of its residents on these hosts that are not protected."""
+        if (known := self._lowest.get(base)) is None:
+            worst: dict[str, tuple[tuple[int, float], Resident]] = {}
+            now, protection = self._now, self._policy.protection
+            for host in self._staying(base):
+                for resident in host.residents:
+                    before = resident.preempted_at
+                    if before is not None and now - before < protection:
+                        continue
+                    # In the order of standings, without the search for its level: ten thousands pass here.
+                    service = resident.attained if resident.remaining is None else resident.remaining
+                    key, team = (-resident.priority, service), resident.team
+                    if (worse := worst.get(team)) is None or worse[0] < key:
+                        worst[team] = key, resident
+            known = {team: self._standing(resident) for team, (_, resident) in worst.items()}
+            self._lowest[base] = known
         return known
+
+    def _staying(self, base: str) -> list[HostView]:
+        """The hosts of a base that nobody was leaving before."""
+        left = self._room.left
+        return [host for host in self._room.hosts_of(base) if host.name not in left]
 
     def _seated(self, base: str) -> dict[str, list[tuple[Resident, str]]]:
         """The residents of those hosts by team, with the names of their hosts."""
         if (known := self._seats.get(base)) is None:
             known = self._seats[base] = defaultdict(list)
-            for host in self._room.hosts_of(base):
-                if host.name not in self._room.left:
-                    name = host.name
-                    for resident in host.residents:
-                        known[resident.team].append((resident, name))
+            for host in self._staying(base):
+                name = host.name
+                for resident in host.residents:
+                    known[resident.team].append((resident, name))
         return known
 
     def ranks_for(self, job: Waiting, missing: int) -> bool:

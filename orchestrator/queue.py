@@ -100,9 +100,9 @@ def by_team(jobs: Iterable[Waiting], policy: Policy, now: float) -> dict[str, li
             continue
         service = job.attained if job.remaining is None else job.remaining
         key = job.team, -job.priority, bisect_right(levels, service)
-        if key in classes:
+        try:
             classes[key].append(job)
-        else:
+        except KeyError:
             classes[key] = [job]
     for waited in teams.values():
         waited.sort(key=attrgetter("since", "job"))
