@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 from orchestrator.commands.cli import app
@@ -38,10 +38,12 @@ def open_store(home: Home) -> Generator[Store]:
         yield store
 
 
-def open_server(home: Home) -> AbstractContextManager[object]:
+@contextmanager
+def open_server(home: Home) -> Generator[object]:
     from orchestrator.registry import server as tracking_server
 
-    return tracking_server.start(home.folder)
+    with tracking_server.start(home.folder) as server:
+        yield server
 
 
 @contextmanager

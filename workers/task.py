@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from workers.export import export
-from workers.fuse import fuse_folders
 from workers.progress import Tell, silent
 from workers.types import FuseTask, Task
 
@@ -16,4 +14,11 @@ def run(task: Task, tell: Tell = silent) -> dict[str, Any]:
     Raises BadInput for what a user did, `workers.manifest.CorruptFolder` for altered files, and OSError,
     a full disk among it; in every case no folder is left behind.
     """
-    return fuse_folders(task, tell) if isinstance(task, FuseTask) else export(task, tell)
+    # Each imports what it needs: fusion is done without transformers, whose import takes as long as torch's.
+    if isinstance(task, FuseTask):
+        from workers.fuse import fuse_folders
+
+        return fuse_folders(task, tell)
+    from workers.export import export
+
+    return export(task, tell)

@@ -8,6 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from orchestrator.commands.cli import app
+from orchestrator.commands.parts import ClusterChoice
+from orchestrator.home import Home
+from orchestrator.main import real_parts
 
 HEAVY = ("torch", "ray", "mlflow", "deepspeed", "transformers", "pydantic", "sqlalchemy", "rich", "yaml")
 IMPORTED_BY_HELP = """
@@ -98,3 +101,13 @@ def test_usage_errors_exit_with_two(arguments):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert "Usage: chorus" in result.stderr
+
+
+def test_real_parts_do_nothing_before_they_are_entered(tmp_path):
+    """So that a command can have one start in a thread, beside another."""
+    home = Home(tmp_path)
+    parts = real_parts()
+    for part in (parts.store, parts.server, parts.registry):
+        part(home)
+    parts.cluster(home, ClusterChoice())
+    assert list(tmp_path.iterdir()) == []
