@@ -17,7 +17,7 @@ from workers.fuse.breadcrumbs import breadcrumbs
 from workers.fuse.dare import dare, dare_ties_mergekit, dare_ties_peft, drawn
 from workers.fuse.della import chances, della_mergekit
 from workers.fuse.grams import GRAMS
-from workers.fuse.largest import largest
+from workers.fuse.largest import largest, places
 from workers.fuse.normal import modules
 from workers.fuse.rule import Merge, Options
 from workers.fuse.shared import shared
@@ -87,6 +87,18 @@ def test_largest_picks_so_many_entries_and_of_equal_ones_the_first(count: int) -
         flat = value.abs().flatten().tolist()
         order = sorted(range(12), key=lambda place: (-flat[place], place))
         assert mask.flatten().nonzero().flatten().tolist() == sorted(order[:count])
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 512])
+def test_places_are_those_of_a_stable_order_of_magnitudes(count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    plain = torch.randn(2, 100, count, generator=generator, dtype=torch.float64)
+    twins = plain.clone()  # rows in which entries differ in nothing, or in the last bit of a double
+    twins[0, 3, count // 2 :] = twins[0, 3, 0]
+    twins[1, 70, -1] = -torch.nextafter(twins[1, 70, 0], torch.tensor(torch.inf, dtype=torch.float64))
+    for deltas in (plain, twins, plain.float()):
+        order = deltas.abs().argsort(dim=-1, stable=True)
+        assert torch.equal(places(deltas), order.argsort(dim=-1))
 
 
 def test_trimmed_keeps_the_share_of_entries_that_a_full_order_would() -> None:

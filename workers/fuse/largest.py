@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from workers.fuse.pieces import Deltas
+from workers.fuse.pieces import ROWS, Deltas
 
 
 def largest(deltas: Deltas, count: int) -> Tensor:
@@ -47,12 +47,26 @@ def _first_largest(magnitudes: NDArray[np.floating], count: int) -> NDArray[np.i
 
 def places(deltas: Tensor) -> Tensor:
     """[..., N]: where each entry stands among its row's magnitudes, from 0; equal ones as they come."""
-    magnitudes = deltas.abs().numpy().reshape(-1, deltas.shape[-1])
-    order = np.argsort(magnitudes, axis=-1)
-    sorted_ = np.take_along_axis(magnitudes, order, -1)
-    if (sorted_[:, 1:] == sorted_[:, :-1]).any():
-        order = np.argsort(magnitudes, axis=-1, kind="stable")  # takes three times as long
-    found = np.empty_like(order)
-    for row, of_row in zip(found, order, strict=True):
-        row[of_row] = np.arange(len(row))
+    magnitudes = deltas.abs().double().numpy().reshape(-1, deltas.shape[-1])
+    found = np.empty(magnitudes.shape, np.int64)
+    each = np.arange(magnitudes.shape[1])
+    for start in range(0, len(magnitudes), ROWS):
+        rows = slice(start, start + ROWS)
+        for row, of_row in zip(found[rows], _ascending(magnitudes[rows]), strict=True):
+            row[of_row] = each
     return torch.from_numpy(found).reshape(deltas.shape)
+
+
+def _ascending(magnitudes: NDArray[np.float64]) -> NDArray[np.int64]:
+    """[M, N]: where the smallest of each row is, the next one, and so on.
+
+    The bits of numbers of one sign are in the order of the numbers. The lowest give way to the place, and
+    are sorted with it: half the time of an argsort. Where those above are equal, that would decide.
+    """
+    places = np.arange(magnitudes.shape[1])
+    low = (1 << (len(places) - 1).bit_length()) - 1
+    keys = magnitudes.view(np.int64) & ~low | places
+    keys.sort(axis=-1)
+    if (keys[:, 1:] ^ keys[:, :-1] <= low).any():
+        return np.argsort(magnitudes, axis=-1, kind="stable")
+    return keys & low
