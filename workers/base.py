@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from workers import beside, head, lora
+from workers import beside, head, lora, varlen
 from workers.int8 import Int8, store
 from workers.memory import COPIES, keep_freed_memory
 from workers.ranks import Ranks
@@ -95,7 +95,7 @@ def load_base(spec: BaseSpec, ranks: Ranks) -> Base:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPES[spec.dtype],
-            attn_implementation=spec.attention,
+            attn_implementation=varlen.NAME if spec.attention == "varlen" else spec.attention,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
@@ -118,6 +118,8 @@ def load_base(spec: BaseSpec, ranks: Ranks) -> Base:
         model.to(device)
     if device.type == "cpu":
         keep_freed_memory()
+    if spec.attention == "varlen":
+        varlen.check(model, device)
     return base
 
 
@@ -192,6 +194,8 @@ def _refuse_options(spec: BaseSpec, zero: str) -> None:
         raise BadInput("load_in_4bit: it needs a GPU and the package bitsandbytes; use dtype: bfloat16 here")
     if spec.attention == "flash_attention_2" and not (on_gpu and is_flash_attn_2_available()):
         raise BadInput("attention: flash_attention_2 needs a GPU and the package flash-attn; use sdpa here")
+    if spec.attention == "varlen" and on_gpu and spec.dtype != "bfloat16":
+        raise BadInput("attention: varlen needs dtype: bfloat16 on a GPU; use sdpa for this one")
     if spec.deepspeed.get("zero_quantized_weights") and not on_gpu:
         raise BadInput(
             "deepspeed.zero_quantized_weights: DeepSpeed's int8 kernels need a GPU; "

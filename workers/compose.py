@@ -19,6 +19,8 @@ from workers.rows import Row
 
 PASS_TOKENS = 256
 """A pass of its own gathers the base twice; that costs about as much as so many padded tokens in another."""
+END_TO_END = 0
+"""Instead of a padded length: rows lie in one sequence, as long as they are (`workers.varlen`)."""
 SHORTEST = 16
 """Padded lengths start here: a float32 product with fewer rows may differ in its last bit."""
 
@@ -47,6 +49,7 @@ class Chunk:
     """Rows of one job's step that share a padded length T; `rows[rank]` may be empty on some ranks."""
 
     padded_length: int
+    """Or END_TO_END."""
     rows: tuple[tuple[Row, ...], ...]
     lesson: Lesson | None = None
 
@@ -57,7 +60,7 @@ class Chunk:
     @property
     def tokens(self) -> int:
         """Padded tokens of the fullest rank, a teacher's reading of them included."""
-        return self.padded_length * self.rows_per_rank * self.readings
+        return max(map(self._laid, self.rows)) * self.readings
 
     @property
     def rows_per_rank(self) -> int:
@@ -67,12 +70,20 @@ class Chunk:
     @property
     def padded_tokens(self) -> int:
         """Padded tokens over all ranks."""
-        return self.padded_length * sum(len(rows) for rows in self.rows) * self.readings
+        return sum(map(self._laid, self.rows)) * self.readings
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, padding included."""
+        return self.padded_length or max(len(row.input_ids) for rows in self.rows for row in rows)
+
+    def _laid(self, rows: Sequence[Row]) -> int:
+        return len(rows) * self.padded_length or sum(len(row.input_ids) for row in rows)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward and backward pass: at most one chunk a job, all of one padded length."""
+    """One forward and backward pass: at most one chunk a job, all of one padded length or END_TO_END."""
 
     padded_length: int
     chunks: tuple[tuple[str, Chunk], ...]
@@ -126,6 +137,28 @@ def cut_step(
             for start in range(0, len(same), size)
         ]
     return chunks
+
+
+def cut_step_end_to_end(
+    rows: Sequence[Row], world_size: int, chunk_tokens: int, lesson: Lesson | None = None
+) -> list[Chunk]:
+    """As `cut_step`, without padding: rows of any lengths share a chunk, the longest first.
+
+    Dealt to the ranks in this order, the ranks get rows of about the same lengths.
+    """
+    row_tokens = chunk_tokens // (lesson.readings if lesson else 1)
+    chunks: list[Chunk] = []
+    waiting: list[Row] = []
+    tokens = 0
+    by_length = sorted(rows, key=lambda row: -len(row.input_ids))
+    for start in range(0, len(by_length), world_size):
+        deal = by_length[start : start + world_size]
+        if waiting and tokens + len(deal[0].input_ids) > row_tokens:
+            chunks.append(Chunk(END_TO_END, _deal(waiting, world_size), lesson))
+            waiting, tokens = [], 0
+        waiting += deal
+        tokens += len(deal[0].input_ids)  # of the fullest rank, at most
+    return [*chunks, Chunk(END_TO_END, _deal(waiting, world_size), lesson)] if waiting else chunks
 
 
 def _deal(rows: Sequence[Row], world_size: int) -> tuple[tuple[Row, ...], ...]:

@@ -28,10 +28,20 @@ def draw_mask(keys: Sequence[DropoutKey], p: float, layer: int, x_STD: Tensor, d
     """The multiplier [S, T, D] of these rows: 0 where dropped, 1/(1-p) where kept, 1 on padding."""
     mask_STD = torch.ones(x_STD.shape, dtype=dtype)
     for row, key in enumerate(keys):
-        generator = torch.Generator().manual_seed(seed_of(key.seed, key.step, key.sample, layer))
-        drawn = torch.rand(key.tokens, x_STD.shape[2], generator=generator)
-        mask_STD[row, : key.tokens] = (drawn >= p).to(dtype) / (1 - p)
+        mask_STD[row, : key.tokens] = _draw(key, p, layer, x_STD.shape[2], dtype)
     return mask_STD.to(x_STD.device)
+
+
+def draw_mask_end_to_end(
+    keys: Sequence[DropoutKey], p: float, layer: int, x_ND: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The same multipliers [N, D] of rows without padding."""
+    return torch.cat([_draw(key, p, layer, x_ND.shape[1], dtype) for key in keys]).to(x_ND.device)
+
+
+def _draw(key: DropoutKey, p: float, layer: int, features: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(seed_of(key.seed, key.step, key.sample, layer))
+    return (torch.rand(key.tokens, features, generator=generator) >= p).to(dtype) / (1 - p)
 
 
 def seed_of(*key: object) -> int:

@@ -10,16 +10,17 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workers.dropout import DropoutKey, draw_mask
+from workers.dropout import DropoutKey, draw_mask, draw_mask_end_to_end
 from workers.products import Batched
 from workers.runs import ExactRun, FusedRun, Kept, Run, join, new_dx
-from workers.slots import Slots
+from workers.slots import Factors, Slots
 
 ALL_ROWS = 1 << 40
 """Where a segment stops that has every row."""
@@ -43,23 +44,29 @@ class Adapters:
         self.slots = slots
         self._kind = ExactRun if slots.arithmetic == "exact" else FusedRun
         self._segments: tuple[Segment, ...] = ()
+        self._ends: tuple[int, ...] = ()
+        """Where rows that lie end to end begin and end, 0 first; empty where they have a dimension."""
         self._joined: dict[tuple[str, torch.Size], list[Run]] = {}
         """The runs of the latest segments, by layer and shape of its input: most ticks are like the last."""
-        self._joined_for: tuple[int, tuple[Segment, ...]] | None = None
+        self._joined_for: object = None
         self.anchor = torch.zeros((), requires_grad=True)
         """Gives a layer a backward pass where its input asks for no gradient."""
 
     @contextmanager
-    def rows(self, segments: Sequence[Segment]) -> Generator[None]:
-        """Within the block, forward passes apply these segments' adapters; other rows see the base."""
+    def rows(self, segments: Sequence[Segment], lengths: Sequence[int] = ()) -> Generator[None]:
+        """Within the block, forward passes apply these segments' adapters; other rows see the base.
+
+        With `lengths`, of all rows, these lie end to end in one sequence.
+        """
         self._segments = tuple(segments)
-        now = (self.slots.version, self._segments)
+        self._ends = tuple(accumulate(lengths, initial=0)) if lengths else ()
+        now = (self.slots.version, self._segments, self._ends)
         if now != self._joined_for:
             self._joined, self._joined_for = {}, now
         try:
             yield
         finally:
-            self._segments = ()
+            self._segments, self._ends = (), ()
 
     def free(self, slot: int) -> None:
         """Empty the slot, and let go of what read it."""
@@ -85,14 +92,25 @@ class Adapters:
         factors = self.slots[segment.slot].factors.get(name)
         if factors is None:
             return None
-        mask_ND = None
-        if segment.dropout and factors.dropout:
-            x_STD = x_RTD[segment.start : segment.stop]
-            mask_STD = draw_mask(segment.dropout, factors.dropout, index, x_STD, factors.a.dtype)
-            mask_ND = mask_STD.flatten(0, 1)
-        tokens = x_RTD.shape[1:-1].numel()  # 1 in a layer that reads a vector a row, as a pooler does
-        start, stop = segment.start * tokens, min(segment.stop, len(x_RTD)) * tokens
+        start, stop = self._tokens(segment, x_RTD)
+        mask_ND = self._mask(segment, factors, index, x_RTD)
         return self._kind(start, stop, (factors,), Batched(1), factors.r, mask_ND)
+
+    def _tokens(self, segment: Segment, x_RTD: Tensor) -> tuple[int, int]:
+        if self._ends:
+            return self._ends[segment.start], self._ends[segment.stop]
+        tokens = x_RTD.shape[1:-1].numel()  # 1 in a layer that reads a vector a row, as a pooler does
+        return segment.start * tokens, min(segment.stop, len(x_RTD)) * tokens
+
+    def _mask(self, segment: Segment, factors: Factors, index: int, x_RTD: Tensor) -> Tensor | None:
+        """Dropout's multiplier for the segment's tokens."""
+        if not (segment.dropout and factors.dropout):
+            return None
+        dropout = (segment.dropout, factors.dropout, index)
+        if self._ends:
+            return draw_mask_end_to_end(*dropout, x_RTD.flatten(0, -2), factors.a.dtype)
+        x_STD = x_RTD[segment.start : segment.stop]
+        return draw_mask(*dropout, x_STD, factors.a.dtype).flatten(0, 1)
 
 
 class LoraProduct(torch.autograd.Function):

@@ -18,7 +18,7 @@ from workers import checkpoint
 from workers.adapter import read_adapter
 from workers.base import Base
 from workers.capacity import chunk_tokens
-from workers.compose import Chunk, Lesson, cut_step
+from workers.compose import Chunk, Lesson, cut_step, cut_step_end_to_end
 from workers.encoded import Encoded, cannot_start, encode, sources
 from workers.head import returns_logits_as_they_are
 from workers.manifest import CorruptFolder, verify_folder
@@ -113,13 +113,18 @@ class Resident:
             samples = batch_samples(self.spec.training.seed, self.step, len(course.rows), course.batch_size)
             batch = [course.rows[sample] for sample in samples]
             lesson = course.lesson_of(batch)
-            self.chunks += cut_step(batch, ranks.world_size, self.chunk_tokens, base.longest, lesson)
+            self.chunks += self._cut(batch, base, ranks, lesson)
             self.target_tokens += target_count(batch)
             self.tokens += sum(len(row.input_ids) for row in batch) * (lesson.readings if lesson else 1)
         self.chunks.sort(key=lambda chunk: -chunk.padded_length)  # as a tick packs them
         self.padded_tokens = sum(chunk.padded_tokens for chunk in self.chunks)
         self.loss = 0.0
         self.started = self.started or time.monotonic()
+
+    def _cut(self, batch: Sequence[Row], base: Base, ranks: Ranks, lesson: Lesson | None) -> list[Chunk]:
+        if base.spec.attention == "varlen":
+            return cut_step_end_to_end(batch, ranks.world_size, self.chunk_tokens, lesson)
+        return cut_step(batch, ranks.world_size, self.chunk_tokens, base.longest, lesson)
 
     def validation_chunks(self, base: Base, ranks: Ranks) -> list[Chunk]:
         """All validation rows, by their labels alone."""

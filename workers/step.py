@@ -9,19 +9,21 @@ reading, no backward pass and no logits. Shapes: R rows of T tokens, P target po
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from workers.base import Base
-from workers.compose import MicroBatch
+from workers.compose import END_TO_END, MicroBatch
 from workers.dropout import DropoutKey
 from workers.head import Taught, target_hidden, target_loss
 from workers.lora import Segment
 from workers.ranks import Ranks
 from workers.rows import Row
+from workers.varlen import end_to_end
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,10 @@ class Span:
 class Batch:
     """This rank's part of a micro-batch. A rank without rows runs one dummy row of weight 0."""
 
-    input_ids_RT: Tensor
+    inputs: Mapping[str, Tensor]
+    """The model's: [R, T], or [1, N] for rows that lie end to end."""
+    lengths: tuple[int, ...]
+    """Of these; empty for padded rows."""
     positions_P: Tensor
     labels_P: Tensor
     weights_P: Tensor
@@ -66,7 +71,7 @@ def forward_backward(
     micro_batch = _in_memory_order(base, micro_batch, shares)
     batch = build_batch(micro_batch, ranks.rank, shares, base.pad_id)
     taught = _read_by_teachers(base, ranks, micro_batch, shares, batch)
-    with base.adapters.rows(batch.segments):
+    with _laid_out(base, batch):
         total, losses_P = _losses(base, batch, taught)
         # Inside: with activation checkpointing the way back runs the layers forward once more.
         total.backward()
@@ -79,8 +84,15 @@ def forward_only(
 ) -> dict[str, Tensor]:
     """The losses alone, for validation."""
     batch = build_batch(micro_batch, ranks.rank, shares, base.pad_id)
-    with base.adapters.rows(batch.segments):
+    with _laid_out(base, batch):
         return _by_job(batch, _losses(base, batch)[1])
+
+
+@contextmanager
+def _laid_out(base: Base, batch: Batch) -> Generator[None]:
+    """Within the block, passes hold the batch's rows, each seen by its own job's adapter."""
+    with base.adapters.rows(batch.segments, batch.lengths), end_to_end(batch.lengths):
+        yield
 
 
 def _in_memory_order(base: Base, micro_batch: MicroBatch, shares: Mapping[str, Share]) -> MicroBatch:
@@ -99,8 +111,9 @@ def reduce_gradients(ranks: Ranks, weights: Sequence[nn.Parameter]) -> list[Call
 
 
 def build_batch(micro_batch: MicroBatch, rank: int, shares: Mapping[str, Share], pad_id: int) -> Batch:
-    length = micro_batch.padded_length
     rows: list[Row] = []
+    begins = [0]
+    """Where each row begins, and last where the next one would."""
     segments: list[Segment] = []
     spans: list[Span] = []
     targets: list[tuple[int, int, float]] = []
@@ -111,8 +124,9 @@ def build_batch(micro_batch: MicroBatch, rank: int, shares: Mapping[str, Share],
             weight, count = chunk.lesson.weight, chunk.lesson.target_tokens
         first_target = len(targets)
         for row in mine:
-            targets += _targets(row, len(rows), length, weight / count)
+            targets += _targets(row, begins[-1], weight / count)
             rows.append(row)
+            begins.append(begins[-1] + (micro_batch.padded_length or len(row.input_ids)))
         if mine:
             keys = _dropout_keys(mine, share) if share.dropout else ()
             segments.append(Segment(share.slot, len(rows) - len(mine), len(rows), keys))
@@ -120,7 +134,7 @@ def build_batch(micro_batch: MicroBatch, rank: int, shares: Mapping[str, Share],
     targets = targets or [(0, 0, 0.0)]
     positions, labels, weights = zip(*targets, strict=True)
     return Batch(
-        _padded([row.input_ids for row in rows] or [()], length, pad_id),
+        *_laid([row.input_ids for row in rows], micro_batch.padded_length, pad_id),
         torch.tensor(positions),
         torch.tensor(labels),
         torch.tensor(weights, dtype=torch.float64),
@@ -129,10 +143,10 @@ def build_batch(micro_batch: MicroBatch, rank: int, shares: Mapping[str, Share],
     )
 
 
-def _targets(row: Row, index: int, length: int, weight: float) -> list[tuple[int, int, float]]:
+def _targets(row: Row, begin: int, weight: float) -> list[tuple[int, int, float]]:
     """(flat position, label, weight) of the row's targets: the token before a label predicts it."""
     return [
-        (index * length + position - 1, label, weight)
+        (begin + position - 1, label, weight)
         for position, label in enumerate(row.labels)
         if label != -100 and position > 0
     ]
@@ -146,9 +160,20 @@ def _dropout_keys(rows: Sequence[Row], share: Share) -> tuple[DropoutKey, ...]:
     return tuple(DropoutKey(share.seed, share.step, row.sample, len(row.input_ids)) for row in rows)
 
 
-def _padded(sequences: Sequence[Sequence[int]], length: int, pad_id: int) -> Tensor:
-    """Right padding: under a causal mask no real token sees it, so no attention mask is needed."""
-    return torch.tensor([[*sequence, *[pad_id] * (length - len(sequence))] for sequence in sequences])
+def _laid(
+    rows: Sequence[Sequence[int]], padded_length: int, pad_id: int
+) -> tuple[dict[str, Tensor], tuple[int, ...]]:
+    """A model's inputs and, of rows end to end, their lengths; one row of padding where there is none.
+
+    Right padding: under a causal mask no real token sees it, so no attention mask is needed.
+    """
+    if padded_length != END_TO_END:
+        padded = [[*row, *[pad_id] * (padded_length - len(row))] for row in rows or [()]]
+        return {"input_ids": torch.tensor(padded)}, ()
+    rows = rows or [(pad_id,)]
+    tokens = torch.tensor([[token for row in rows for token in row]])
+    places = torch.tensor([[place for row in rows for place in range(len(row))]])
+    return {"input_ids": tokens, "position_ids": places}, tuple(map(len, rows))
 
 
 def _read_by_teachers(
@@ -167,9 +192,9 @@ def _read_by_teachers(
         if lesson is not None and lesson.teacher is not None
     }
     read = build_batch(rows, ranks.rank, readers, base.pad_id)
-    with base.adapters.rows(read.segments):
+    with _laid_out(base, read):
         hidden_QH = target_hidden(
-            base.model, read.positions_P.to(base.device), input_ids=read.input_ids_RT.to(base.device)
+            base.model, read.positions_P.to(base.device), **_on(base.device, read.inputs)
         )
     own = {span.job: span for span in batch.spans}
     return tuple(
@@ -194,8 +219,12 @@ def _losses(base: Base, batch: Batch, taught: tuple[Taught, ...] = ()) -> tuple[
         batch.labels_P.to(device),
         batch.weights_P.to(device),
         taught,
-        input_ids=batch.input_ids_RT.to(device),
+        **_on(device, batch.inputs),
     )
+
+
+def _on(device: torch.device, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def _by_job(batch: Batch, losses_P: Tensor) -> dict[str, Tensor]:

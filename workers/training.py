@@ -74,7 +74,7 @@ class Training:
         job, chunk = max(micro_batch.chunks, key=lambda item: item[1].tokens)
         resident, alone = self._seats.residents[job], len(micro_batch.chunks) == 1
         if alone and chunk.rows_per_rank == 1:
-            words = f"a row of {chunk.padded_length} tokens does not fit; lower sequence_len"
+            words = f"a row of {chunk.longest} tokens does not fit; lower sequence_len"
             return [self._seats.stop(resident, "out_of_memory", words)]
         if alone:
             resident.chunk_tokens = chunk.tokens // 2

@@ -61,7 +61,8 @@ class BaseSpec:
     """Passed through to DeepSpeed's `zero_optimization` block."""
     load_in_4bit: bool = False
     """NF4 by bitsandbytes; on a GPU and with `zero` none."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["sdpa", "eager", "flash_attention_2", "varlen"] = "sdpa"
+    """varlen: training rows lie end to end, without padding (`workers.varlen`)."""
     activation_checkpointing: bool = False
     arithmetic: Literal["auto", "exact", "fused"] = "auto"
     """Of the adapters: exact rounds as PEFT does, bit for bit; fused is faster. auto: exact on a CPU."""

@@ -61,7 +61,8 @@ class BaseFile(Model):
     """DeepSpeed's zero_optimization block."""
     load_in_4bit: bool = False
     """Weights in NF4 by bitsandbytes, on a GPU, not partitioned."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["sdpa", "eager", "flash_attention_2", "varlen"] = "sdpa"
+    """varlen trains on rows that lie end to end, without padding: for a GPU in bfloat16."""
     activation_checkpointing: bool = False
     """Keep no activations for the backward pass: half as much again to compute, far less to hold."""
     arithmetic: Literal["auto", "exact", "fused"] = "auto"

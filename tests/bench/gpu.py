@@ -130,10 +130,11 @@ def check(run: Run) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         gap = largest_gap(Setting(Path(folder), small=True), 1)
     with random_weights():
-        loss = _bf16_loss_gap(run)
+        loss, varlen = _bf16_loss_gap(run), _bf16_loss_gap(run, attention="varlen")
     found = {
         "float32: adapters, relative norm": (gap, PARITY),
         "bf16: loss of a first step": (loss, BF16_LOSS),
+        "bf16, varlen: loss of a first step": (varlen, BF16_LOSS),
     }
     wrong = {what: value for what, (value, bound) in found.items() if not value <= bound}
     if wrong:
@@ -143,10 +144,10 @@ def check(run: Run) -> Outcome:
     return Outcome("gpu-check", "The host against PEFT on this device", [], targets, bars)
 
 
-def _bf16_loss_gap(run: Run) -> float:
+def _bf16_loss_gap(run: Run, **overrides: Any) -> float:
     point = Point(1, 32, 1, dtype="bfloat16")
     base, (job,) = run.spec(point, TINY), make_jobs(run.folder, point)
-    host = Residents(base, (job,), run.ranks)
+    host = Residents(replace(base, **overrides), (job,), run.ranks)
     loss = next(event.loss for event in host.host.tick() if hasattr(event, "loss"))
     expected = PeftLoop(base, job, run.ranks).step()
     return abs(loss - expected) / abs(expected)
@@ -185,11 +186,12 @@ def underfilled(run: Run) -> Outcome:
     one = replace(point, jobs=1)
     speeds = {
         f"host, {point.jobs} residents": _speed_of(run, point, _residents),
+        "the same, rows end to end (varlen)": _speed_of(run, point, _residents_end_to_end),
         "host, one resident at a time": _speed_of(run, one, _residents),
         "PEFT, one job after another": _speed_of(run, one, _peft),
         "base alone": _speed_of(run, point, _base_alone),
     }
-    together, alone, peft, _ = (speed.median for speed in speeds.values())
+    together, _, alone, peft, _ = (speed.median for speed in speeds.values())
     return _speeds(
         "gpu-underfilled",
         f"Underfilled: {point.jobs} residents, {point.tokens} tokens each",
@@ -250,6 +252,10 @@ def _speeds(
 def _residents(run: Run, point: Point, base: BaseSpec) -> System:
     host = Residents(base, make_jobs(run.folder, point), run.ranks)
     return System("host", host.steps, point.jobs, point.jobs)
+
+
+def _residents_end_to_end(run: Run, point: Point, base: BaseSpec) -> System:
+    return _residents(run, point, replace(base, attention="varlen"))
 
 
 def _peft(run: Run, point: Point, base: BaseSpec) -> System:

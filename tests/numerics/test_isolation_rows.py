@@ -32,10 +32,12 @@ def test_isolation_a_row_holds_one_jobs_tokens_and_is_in_that_jobs_segment_alone
         for rank in range(ranks):
             batch = build_batch(micro_batch, rank, shares, PAD)
             covered = [row for segment in batch.segments for row in range(segment.start, segment.stop)]
-            rows = len(batch.input_ids_RT) if batch.segments else 0  # a rank without rows has one dummy
+            rows = (
+                len(batch.inputs["input_ids"]) if batch.segments else 0
+            )  # a rank without rows has one dummy
             assert covered == list(range(rows))
             for segment in batch.segments:
-                held = set(batch.input_ids_RT[segment.start : segment.stop].flatten().tolist())
+                held = set(batch.inputs["input_ids"][segment.start : segment.stop].flatten().tolist())
                 assert held - {PAD} == {owner[segment.slot]}
 
 

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.compose import PASS_TOKENS, Chunk, compose, cut_step, padded_length
+from workers.compose import (
+    PASS_TOKENS,
+    Chunk,
+    compose,
+    cut_step,
+    cut_step_end_to_end,
+    padded_length,
+)
 from workers.rows import Row
 
 rows = st.lists(st.integers(2, 300), min_size=1, max_size=20).map(
@@ -35,6 +42,28 @@ def test_cut_step_places_every_row_once_within_the_budget(batch, world_size, bud
         assert chunk.tokens <= budget or max(len(rank) for rank in chunk.rows) == 1
         assert max(map(len, chunk.rows)) - min(map(len, chunk.rows)) <= 1
     assert [c.padded_length for c in chunks] == sorted((c.padded_length for c in chunks), reverse=True)
+
+
+@given(rows, st.integers(1, 4), st.integers(16, 2000))
+def test_cut_step_end_to_end_places_every_row_once_within_the_budget_and_pads_nothing(
+    batch, world_size, budget
+):
+    chunks = cut_step_end_to_end(batch, world_size, budget)
+    placed = [row for chunk in chunks for rank in chunk.rows for row in rank]
+    assert sorted(row.sample for row in placed) == [row.sample for row in batch]
+    assert sum(chunk.padded_tokens for chunk in chunks) == sum(len(row.input_ids) for row in batch)
+    for chunk in chunks:
+        assert chunk.tokens <= budget or max(map(len, chunk.rows)) == 1
+        assert max(map(len, chunk.rows)) - min(map(len, chunk.rows)) <= 1
+
+
+def test_compose_lets_rows_end_to_end_of_all_lengths_meet_in_one_pass():
+    batches = {
+        job: [Row(0, (1,) * length, (1,) * length)] for job, length in (("a", 7), ("b", 40), ("c", 300))
+    }
+    waiting = {job: cut_step_end_to_end(batch, 1, 512) for job, batch in batches.items()}
+    (micro_batch,) = compose(waiting, {}, 1000).micro_batches
+    assert micro_batch.tokens == 347
 
 
 @given(jobs, st.integers(1, 3), st.integers(16, 2000))
