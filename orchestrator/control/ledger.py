@@ -21,7 +21,7 @@ from orchestrator.control.submission import Order
 from orchestrator.plan.steps import EvaluateWhat, Step
 from orchestrator.store.store import Store
 from workers.manifest import CorruptFolder, folder_digest, verify_folder
-from workers.types import EvaluationDone, EvaluationReport, TrainingFinished
+from workers.types import EvaluationDone, EvaluationReport
 
 _REPORT = TypeAdapter(EvaluationReport)
 
@@ -135,14 +135,11 @@ class Ledger:
             raise LostFolder(step, folder, f"{folder} is gone, and {shown(url)} has no copy of it")
 
     def adapter_result(self, folder: Path, **more: Any) -> dict[str, Any]:
-        """The result of a step that made an adapter. Raises CorruptFolder."""
+        """The result of a step that made an adapter. Raises CorruptFolder, OSError."""
         verify_folder(folder)
         inside = folder.is_relative_to(self._home)
         path = folder.relative_to(self._home) if inside else folder
         return {"adapter_dir": str(path), "digest": folder_digest(folder), **more}
-
-    def training_result(self, event: TrainingFinished) -> dict[str, Any]:
-        return self.adapter_result(Path(event.adapter_dir), step=event.step)
 
     # ---- scores ----------------------------------------------------------------------------------------
 
