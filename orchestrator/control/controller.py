@@ -81,7 +81,7 @@ class Controller:
         registration = Registration(registry, work.ledger, self._curves, home)
         self._steps = Steps(work, registration, self._errands, self._backoff, self._guard)
         self._policy = PolicyFile(home / "teams.yaml")
-        self._board = Board(work)
+        self._board = Board(work, home)
         self._decided_at = self._changed_at = float("-inf")
         self._redone: set[str] = set()
         self._too_large_since: dict[str, float] = {}

@@ -79,7 +79,7 @@ class Steps:
         if need is Need.NOTHING:
             return self._speak_to_registry(job, order, remaining)
         if need is Need.CPU or host is None or (need is Need.SLOT and job.id not in host.residents):
-            self._work.leave(job)
+            self._work.leave(job.id)
             return self._wants(job, order, remaining)
         if host.ready is not None:
             self._send_all(job, order, remaining, host)
@@ -117,7 +117,7 @@ class Steps:
         )
 
     def _succeed(self, job: JobRow) -> None:
-        self._work.leave(job)
+        self._work.leave(job.id)
         if job.status is not Status.STOPPING:
             self._work.switch(job.id, Reason.STEPS_DONE)
         self._work.switch(job.id, Reason.DONE)
@@ -242,7 +242,7 @@ class Steps:
 
     def _speak_to_registry(self, job: JobRow, order: Order, remaining: tuple[Step, ...]) -> None:
         """Have one registry step done; before an adapter is registered, its curve is told to the end."""
-        self._work.leave(job)
+        self._work.leave(job.id)
         if self._asking.registry_away(job):
             return
         if job.status is not Status.STOPPING and all(NEEDS[s.kind] is Need.NOTHING for s in remaining):

@@ -6,7 +6,7 @@ All of it can be lost: the store has every status and every finished step.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -94,6 +94,7 @@ class Work:
         self.jobs = {job.id: job for job in self.store.unfinished_jobs(run, known=self.jobs)}
         self.parents = self.store.statuses({p for job in self.jobs.values() for p in job.depends_on})
         self._last_event, self._refreshed = last, self.clock()
+        self._heed_others(before)
         for job in [job for job in self.jobs if job not in self._runs]:
             self._runs[job] = self.jobs[job].run
             try:
@@ -103,6 +104,15 @@ class Work:
                 words = "its stored plan cannot be read by this version of chorus; submit again"
                 self.switch(job, Reason.INTERNAL_ERROR, words)
         return news or self.jobs != before
+
+    def _heed_others(self, before: Mapping[str, JobRow]) -> None:
+        """Who has the store, but another home, may end or pause jobs past this controller: they leave."""
+        ended = [job for job in before if job not in self.jobs and job in self._orders]
+        self.ended += [self.store.job(job) for job in ended]
+        for host in self.fleet.hosts:
+            over = [job for job, attempt in host.residents.items() if self.over(job, attempt)]
+            for job in [*over, *(job for job in host.visitors if self.waits(job))]:
+                self.leave(job)
 
     def _still_the_one(self) -> None:
         newest = self.store.epochs.newest()
@@ -121,6 +131,14 @@ class Work:
         """The job if that attempt of it is still under way: a report of an old one is dropped."""
         row = self.jobs.get(job)
         return row if row is not None and row.attempt == attempt else None
+
+    def over(self, job: str, attempt: int) -> bool:
+        """Whether that attempt has ended, on its host or only in the store."""
+        return self.present(job, attempt) is None or self.waits(job)
+
+    def waits(self, job: str) -> bool:
+        """Whether a job is not under way: it waits, or has finished."""
+        return job not in self.jobs or self.jobs[job].status is Status.WAITING
 
     def note_progress(self, reports: Sequence[Report]) -> None:
         """Keep the rows at hand as the store has them now."""
@@ -161,7 +179,7 @@ class Work:
         else:
             self.jobs[job] = row
         if row.status.finished or row.status is Status.WAITING:
-            self.leave(row)
+            self.leave(job)
         return row
 
     def set_priority(self, job: str, priority: int, who: str) -> None:
@@ -183,16 +201,21 @@ class Work:
     def found_room(self, job: str) -> None:
         self._pauses.pop(job, None)
 
-    def leave(self, job: JobRow) -> None:
+    def leave(self, job: str) -> None:
         """Take a job off its host. A slot in which it trains is free when the host says so."""
-        host = self.fleet.host_of(job.id)
-        if host is not None and job.id in host.residents:
-            attempt = host.residents[job.id]
-            if self.training(job.id, attempt) is not None:
-                self.cluster.send(host.name, Detach(job.id, attempt))
+        host = self.fleet.host_of(job)
+        if host is not None and job in host.residents and job not in host.leaving:
+            attempt = host.residents[job]
+            if self.training(job, attempt) is not None:
+                self.detach(host, job, attempt)
             else:
-                self.fleet.vacate_slot(job.id, attempt)
-        self.fleet.vacate(job.id)
+                self.fleet.vacate_slot(job, attempt)
+        self.fleet.vacate(job)
+
+    def detach(self, host: Host, job: str, attempt: int) -> None:
+        """Tell an attempt to leave its slot."""
+        host.leaving.add(job)
+        self.cluster.send(host.name, Detach(job, attempt))
 
     def still_seated(self, job: str) -> bool:
         """Whether an attempt of the job has not left its slot yet."""

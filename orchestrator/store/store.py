@@ -349,7 +349,7 @@ class Store:
         query = select(tables.boards.c.value, tables.boards.c.at).where(tables.boards.c.name == name)
         with self._engine.connect() as db:
             row = db.execute(query).first()
-        return Board(row.value, row.at) if row is not None else None
+        return Board(row.value, row.at, self._clock() - row.at) if row is not None else None
 
 
 def _consequences(

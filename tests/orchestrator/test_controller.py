@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -88,6 +89,15 @@ def world(tmp_path):
     made = World(tmp_path, MemoryRegistry(tmp_path / "registry"))
     yield made
     made.store.close()
+
+
+def tick_until(world: World, controller: Controller, done: Callable[[], bool], most: int = 1000) -> None:
+    for _ in range(most):
+        if done():
+            return
+        controller.tick()
+        world.now += 1.0
+    raise AssertionError(world.words())
 
 
 def fused(**changes: Any) -> dict[str, Any]:
@@ -348,6 +358,61 @@ def test_cancelled_job_leaves_its_slot_and_its_neighbour_finishes(world):
     assert [command.job for command in world.cluster.asked("Detach")] == [job.id]
     assert world.job("support").status is Status.SUCCEEDED
     assert world.store.open_requests() == ()
+
+
+def elsewhere(world: World) -> HomeService:
+    """Commands with this store, but a home of their own: given in another folder, or on another machine."""
+    return HomeService(Home(world.folder / "other", store="x"), lambda: world.store, nullcontext, "ann")
+
+
+@pytest.mark.parametrize("kind", ["cancel", "pause"])
+def test_change_from_another_home_is_asked_of_the_controller_that_lives(world, kind):
+    job = f"{world.submit(finance(max_steps=50), support())}.finance"
+    service = elsewhere(world)
+    done: list[bool] = []
+
+    def change() -> None:
+        if world.job("finance").step == 3 and not done:
+            assert service.at_work()
+            done.append(service.change(job, kind)["done"])
+        if kind == "pause" and world.job("support").status.finished and not world.store.open_requests():
+            service.change(job, "cancel")
+
+    world.run(on_tick=change)
+    assert done == [False]
+    assert [command.job for command in world.cluster.asked("Detach")] == [job]
+    assert world.statuses() == {"finance": Status.CANCELLED, "support": Status.SUCCEEDED}
+    assert not service.at_work(), "it has said that it ends"
+
+
+@pytest.mark.parametrize("kind", ["cancel", "pause"])
+def test_job_that_others_end_or_pause_in_the_store_leaves_its_slot(world, monkeypatch, kind):
+    """A controller that has not shown itself for long, as its machine stood still, is taken for dead."""
+    monkeypatch.setattr("orchestrator.control.show.ALIVE_SECONDS", -1.0)
+    job = f"{world.submit(finance(max_steps=50), support())}.finance"
+    service = elsewhere(world)
+    controller = world.controller()
+    controller.recover()
+    tick_until(world, controller, lambda: world.job("finance").step == 3)
+    assert service.change(job, kind)["done"]
+    tick_until(world, controller, lambda: world.job("support").status.finished)
+    assert [command.job for command in world.cluster.asked("Detach")] == [job]
+    assert world.job("finance").step <= 5
+    assert not any(host.residents for host in controller._work.fleet.hosts)
+    if kind == "cancel":
+        (run,) = [run for run in world.registry.runs.values() if run.name == "finance"]
+        assert run.status == "KILLED"
+
+
+def test_job_cancelled_in_the_store_before_its_host_is_ready_gives_its_slot_back(world, monkeypatch):
+    monkeypatch.setattr("orchestrator.control.show.ALIVE_SECONDS", -1.0)
+    world.submit(finance(max_steps=50))
+    controller = world.controller()
+    controller.recover()
+    tick_until(world, controller, lambda: world.job("finance").status is Status.STARTING)
+    assert elsewhere(world).change("finance", "cancel")["done"]
+    tick_until(world, controller, lambda: not controller.tick(), 3)
+    assert world.cluster.asked("Attach") == []
 
 
 def test_job_that_outlasts_its_max_duration_is_stopped_and_its_neighbour_finishes(world):
