@@ -18,7 +18,10 @@ from workers.types import BadInput
 def change(
     store: Store, home: Home, jobs: Sequence[JobRow], kind: RequestKind, who: str, value: Any = None
 ) -> bool:
-    """Whether it is done; False if the one at work, here or in another home of this store, was asked. `jobs` in the order of their run."""
+    """Whether it is done; False if the one at work was asked, here or in another home of this store.
+
+    `jobs` in the order of their run.
+    """
     with ExitStack() as stack:
         try:
             stack.enter_context(home.claim())

@@ -22,6 +22,7 @@ from orchestrator.api.submitting import plan_of, put
 from orchestrator.api.views import event_view, job_view, metric_view, run_view, steps_view
 from orchestrator.contracts import Registry
 from orchestrator.control.show import read_progress, read_snapshot, works_elsewhere
+from orchestrator.control.submission import read_order
 from orchestrator.home import Home
 from orchestrator.recipe.pipeline import load_pipeline
 from orchestrator.recipe.teams import load_policy
@@ -230,4 +231,6 @@ def _views(store: Store, jobs: Iterable[JobRow]) -> list[Value]:
 def _one_job(store: Store, job: JobRow) -> Value:
     (view,) = _views(store, [job])
     events: Sequence[Value] = [event_view(event) for event in store.events(job.id)]
-    return {**view, "steps": steps_view(job, store.finished_steps()), "events": events}
+    steps = read_order(job.plan).job.steps
+    done = store.finished_ids({step.id for step in steps})
+    return {**view, "steps": steps_view(steps, done), "events": events}
