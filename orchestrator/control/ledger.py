@@ -56,8 +56,18 @@ class Ledger:
             self._results.pop(step, None)
         self._results |= {step: row.result for step, row in rows.items()}
 
+    def keep_only(self, orders: Iterable[Order]) -> None:
+        """Forget the results of other jobs' steps; the store has them."""
+        kept = {step.id for order in orders for step in order.job.steps}
+        self._results = {step: result for step, result in self._results.items() if step in kept}
+
     def remaining(self, order: Order) -> tuple[Step, ...]:
         return tuple(step for step in order.job.steps if step.id not in self._results)
+
+    def registered(self, order: Order) -> bool:
+        """Whether a job has made its version, at hand or long finished."""
+        step = order.job.step("register").id
+        return step in self._results or bool(self._store.finished_ids({step}))
 
     def result(self, step: str) -> Mapping[str, Any]:
         """A finished step's result. Raises KeyError. An errand may ask: this changes nothing."""

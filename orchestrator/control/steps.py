@@ -5,7 +5,7 @@ Steps of a job are done in order, one at a time. Nothing here decides who goes f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -60,6 +60,10 @@ class Steps:
         self._guard = guard
         self._fetched: dict[tuple[str, int], dict[str, str]] = {}
         """(job, attempt) -> NAME@REF -> folder, for what is asked for next."""
+
+    def keep_only(self, jobs: Container[str]) -> None:
+        """Forget what was fetched for other jobs; its files stay."""
+        self._fetched = {key: found for key, found in self._fetched.items() if key[0] in jobs}
 
     def advance(self, job: JobRow) -> Waiting | None:
         """Do what can be done for a job now; what it waits for, if that is the scheduler's to give."""
@@ -213,6 +217,7 @@ class Steps:
                 self._work.progress[key] = progress
             if result is not None:
                 del self._work.flights[key]
+                self._work.cluster.forget_task(key)
                 heard = True
                 with self._guard(flight.job):
                     self._task_ended(flight, result)

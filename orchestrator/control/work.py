@@ -6,7 +6,7 @@ All of it can be lost: the store has every status and every finished step.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -74,7 +74,7 @@ class Work:
         """Base -> hosts of it lost in a row without a step or a score in between."""
         self._orders: dict[str, Order] = {}
         self._runs: dict[str, str] = {}
-        """Of every job that was ever at hand."""
+        """Of every job at hand, until it is forgotten."""
         self._last_event = -1
         self._refreshed = 0.0
         self._pauses: dict[str, Backoff] = {}
@@ -97,10 +97,9 @@ class Work:
         self._heed_others(before)
         for job in [job for job in self.jobs if job not in self._runs]:
             self._runs[job] = self.jobs[job].run
-            try:
-                self.ledger.learn(self.order(job))
-            except ValueError:
-                log.exception("the stored plan of %s cannot be read", job)
+            if (order := self.readable(job)) is not None:
+                self.ledger.learn(order)
+            else:
                 words = "its stored plan cannot be read by this version of chorus; submit again"
                 self.switch(job, Reason.INTERNAL_ERROR, words)
         return news or self.jobs != before
@@ -114,15 +113,44 @@ class Work:
             for job in [*over, *(job for job in host.visitors if self.waits(job))]:
                 self.leave(job)
 
+    def forget(self) -> bool:
+        """Drop what is held of jobs that are nowhere any more; whether there were any.
+
+        Not yet of one that is seated, that something was asked for, or whose end the registry is to be told.
+        """
+        seated = {job for host in self.fleet.hosts for job in host.seated}
+        asked = {flight.job for flight in self.flights.values()}
+        kept = self.jobs.keys() | seated | asked | {job.id for job in self.ended}
+        gone = (self._orders.keys() | self._runs.keys() | self._pauses.keys()) - kept
+        for job in gone:
+            for held in (self._orders, self._runs, self._pauses):
+                held.pop(job, None)
+        if gone:
+            self.ledger.keep_only(self.orders)
+        return bool(gone)
+
     def _still_the_one(self) -> None:
         newest = self.store.epochs.newest()
         if self.epoch is not None and newest != self.epoch:
             raise Superseded(newest, self.epoch)
 
+    @property
+    def orders(self) -> Collection[Order]:
+        """Of the jobs at hand."""
+        return self._orders.values()
+
     def order(self, job: str) -> Order:
         if job not in self._orders:
             self._orders[job] = read_order((self.jobs.get(job) or self.store.job(job)).plan)
         return self._orders[job]
+
+    def readable(self, job: str) -> Order | None:
+        """A job's order; None if its stored plan cannot be read."""
+        try:
+            return self.order(job)
+        except ValueError:
+            log.exception("the stored plan of %s cannot be read", job)
+            return None
 
     def run_of(self, job: str) -> str | None:
         return self._runs.get(job)

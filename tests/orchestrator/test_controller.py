@@ -27,7 +27,7 @@ from orchestrator.scheduler import schedule
 from orchestrator.store.rows import JobRow
 from orchestrator.store.store import Store
 from tests.contract.memory_registry import MemoryRegistry
-from tests.orchestrator.fakes import METRICS, FakeCluster, Faults, at_once
+from tests.orchestrator.fakes import METRICS, FakeCluster, Faults, Killed, at_once
 from tests.orchestrator.recipe_files import finance, fuse, pipeline, support, write_world, write_yaml
 from workers.types import BadInput
 
@@ -205,6 +205,8 @@ def test_version_below_its_gate_stays_candidate_and_its_children_do_not_run(worl
     job = world.job("finance")
     assert (job.status, job.reason) == (Status.FAILED, Reason.GATE_FAILED)
     assert "short by 0.05" in job.message
+    (run,) = [run for run in world.registry.runs.values() if run.name == "finance"]
+    assert run.status == "FINISHED", "its version is there"
     assert world.registry.version(FINANCE, "candidate").aliases == ("candidate",)
     assert world.registry.version(FINANCE, "1").tags["gate.status"] == "failed"
     assert (world.job("fused").reason, world.job("fused").message) == (Reason.PARENT_FAILED, job.id)
@@ -422,6 +424,48 @@ def test_job_that_outlasts_its_max_duration_is_stopped_and_its_neighbour_finishe
     assert job.reason is Reason.OUT_OF_TIME
     assert 10 < job.finished_at - job.started_at <= 12
     assert world.job("support").status is Status.SUCCEEDED
+
+
+def test_max_duration_counts_neither_pauses_nor_the_time_without_a_controller(world):
+    world.submit(finance(max_steps=20, schedule={"max_duration": "60s"}))
+    asked: list[str] = []
+
+    def pause_for_long() -> None:
+        job = world.job("finance")
+        if job.step == 5 and not asked:
+            asked.append("pause")
+            world.store.request(job.id, "pause")
+        if job.reason is Reason.PAUSED_BY_USER:
+            asked.append("resume")
+            world.now += 1000.0
+            world.store.request(job.id, "resume")
+        if job.step == 12:
+            raise Killed  # no event tells when
+
+    killed = world.controller()
+    killed.recover()
+    with pytest.raises(Killed):
+        tick_until(world, killed, lambda: bool(pause_for_long()))
+    world.now += 1000.0
+    world.run()
+    assert asked == ["pause", "resume"]
+    assert world.job("finance").status is Status.SUCCEEDED, world.words()
+
+
+def test_max_duration_is_of_all_stretches_together(world):
+    world.submit(finance(max_steps=500, schedule={"max_duration": "20s"}))
+
+    def interrupt() -> None:
+        if world.job("finance").step == 12 and world.job("finance").attempt == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        world.run(on_tick=interrupt)
+    world.now += 1000.0
+    resumed = world.now
+    world.run()
+    assert world.job("finance").reason is Reason.OUT_OF_TIME
+    assert world.job("finance").finished_at - resumed < 12
 
 
 def test_paused_job_leaves_its_slot_and_goes_on_from_what_it_saved_when_resumed(world):
@@ -698,6 +742,48 @@ def test_full_disk_while_registering_waits_and_registers_once(world):
     assert Reason.DISK_FULL in seen
     assert world.job("finance").status is Status.SUCCEEDED, world.words()
     assert len(world.registry.versions()) == 1
+
+
+def test_job_that_ended_while_the_registry_was_away_has_its_run_ended_by_the_next_controller(world):
+    world.registry = AwayRegistry(world.registry)
+    world.submit(finance(max_steps=40))
+
+    def cancel() -> None:
+        world.registry.away |= world.job("finance").step == 8
+        if world.job("finance").step == 12:
+            world.store.request(world.job("finance").id, "cancel")
+
+    world.run(on_tick=cancel)
+    (run,) = world.registry.inner.runs.values()
+    assert (run.status, world.store.curves.pending()) == ("RUNNING", {world.job("finance").series})
+    world.registry.away = False
+    world.submit(support())
+    world.run()
+    last = world.store.metrics(world.store.jobs()[0].id)[-1].step
+    assert (run.status, ("loss", last) in run.points) == ("KILLED", True)
+    assert not world.store.curves.pending()
+
+
+def test_controller_keeps_nothing_of_jobs_that_have_ended(world):
+    controller = world.controller()
+    controller.recover()
+    work = controller._work
+
+    def held() -> list[int]:
+        kept = (work._orders, work._runs, work.ledger._results, controller._curves._runs, world.cluster.tasks)
+        return [len(each) for each in kept]
+
+    counts: list[list[int]] = []
+    for seed in range(4):
+        run = world.submit(finance(seed=seed), support(seed=seed), **fused(release=None))
+        tick_until(world, controller, lambda run=run: world.store.run(run).status.finished)
+        for _ in range(3):
+            controller.tick()
+            world.now += 1.0
+        counts.append(held())
+    assert set(world.statuses().values()) == {Status.SUCCEEDED}, world.words()
+    assert counts[1:] == counts[:-1]
+    assert sum(counts[0]) == 0
 
 
 def test_error_of_ours_in_one_job_leaves_the_others_alone(world):
