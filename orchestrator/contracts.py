@@ -116,6 +116,10 @@ class Cluster(Protocol):
         """How far a task was when it last told; None for one that has told nothing."""
         ...
 
+    def forget_task(self, task_id: str) -> None:
+        """The result of a task was taken in: nothing is kept of it."""
+        ...
+
     def close(self) -> None: ...
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from orchestrator.control.show import works_elsewhere
 from orchestrator.home import Home, HomeBusy
 from orchestrator.job import Reason, Status
 from orchestrator.recipe.parts import PRIORITIES
@@ -17,10 +18,15 @@ from workers.types import BadInput
 def change(
     store: Store, home: Home, jobs: Sequence[JobRow], kind: RequestKind, who: str, value: Any = None
 ) -> bool:
-    """Whether it is done; False if the one at work was asked. `jobs` in the order of their run."""
+    """Whether it is done; False if the one at work was asked, here or in another home of this store.
+
+    `jobs` in the order of their run.
+    """
     with ExitStack() as stack:
         try:
             stack.enter_context(home.claim())
+            if works_elsewhere(store, home.folder):
+                raise HomeBusy
         except HomeBusy:
             for job in jobs:
                 store.request(job.id, kind, who, value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from orchestrator.store.rows import JobRow
 from orchestrator.store.store import NoSuchJob, Store
 
@@ -11,15 +13,13 @@ def find_jobs(store: Store, reference: str) -> tuple[JobRow, ...]:
 
     Raises NoSuchJob.
     """
-    jobs = store.jobs()
-    exact = tuple(job for job in jobs if reference in (job.id, job.run))
-    if exact:
-        return exact
-    for run in store.runs():
-        of_run = [job for job in jobs if job.run == run.id]
-        named = [job for job in of_run if job.name == reference] or (of_run if run.name == reference else [])
-        if named:
-            return tuple(named)
+    with suppress(NoSuchJob):
+        return (store.job(reference),)
+    if of_run := store.jobs(reference):
+        return of_run
+    if (run := store.newest_run_with(reference)) is not None:
+        of_run = store.jobs(run)
+        return tuple(job for job in of_run if job.name == reference) or of_run
     raise NoSuchJob(f"there is no job or run {reference!r}; `chorus ps --all` shows them")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def releases_of(jobs: Iterable[JobRow]) -> tuple[Path, ...]:
 
 def forget_lost_releases(store: Store, plan: Plan) -> None:
     """A release whose folder was removed is to be written again; the store would take it for done."""
-    done = store.finished_steps(set(releases(plan)))
+    done = store.finished_ids(set(releases(plan)))
     for step, folder in releases(plan).items():
         if step in done and not folder.exists():
             store.forget_step(step)
@@ -70,7 +70,7 @@ def refuse_taken_releases(store: Store, plan: Plan) -> None:
     A run that is gone on with may have written its folder just before it was killed: the export looks then.
     """
     begun = any(not run.status.finished for run in store.runs_of_key(plan.key))
-    done = store.finished_steps(set(releases(plan)))
+    done = store.finished_ids(set(releases(plan)))
     for step, folder in releases(plan).items():
         if folder.exists() and step not in done and not begun:
             raise BadInput(
@@ -82,5 +82,5 @@ def refuse_taken_releases(store: Store, plan: Plan) -> None:
 def all_done(store: Store, plan: Plan) -> bool:
     """Whether the last run of this plan has succeeded and nothing of it is to be done again."""
     last = next(iter(store.runs_of_key(plan.key)), None)
-    finished: Mapping[str, object] = store.finished_steps(set(plan.steps))
-    return last is not None and last.status == "SUCCEEDED" and finished.keys() == plan.steps.keys()
+    steps = set(plan.steps)
+    return last is not None and last.status == "SUCCEEDED" and store.finished_ids(steps) == steps

@@ -21,7 +21,8 @@ from orchestrator.api.queue_view import Queue, claim_view, seconds_left, teams
 from orchestrator.api.submitting import plan_of, put
 from orchestrator.api.views import event_view, job_view, metric_view, run_view, steps_view
 from orchestrator.contracts import Registry
-from orchestrator.control.show import read_progress, read_snapshot
+from orchestrator.control.show import read_progress, read_snapshot, works_elsewhere
+from orchestrator.control.submission import read_order
 from orchestrator.home import Home
 from orchestrator.recipe.pipeline import load_pipeline
 from orchestrator.recipe.teams import load_policy
@@ -49,7 +50,7 @@ class Service(Protocol):
         ...
 
     def at_work(self) -> bool:
-        """Whether a controller works there."""
+        """Whether a controller works there, or on the same store from another home."""
         ...
 
     def jobs(self, everything: bool) -> list[Value]:
@@ -126,7 +127,9 @@ class HomeService:
         return self._home.flag()
 
     def at_work(self) -> bool:
-        return self._home.claimed()
+        return self._home.claimed() or (
+            self._home.has_store and works_elsewhere(self._store, self._home.folder)
+        )
 
     # ---- to look ----
 
@@ -228,4 +231,6 @@ def _views(store: Store, jobs: Iterable[JobRow]) -> list[Value]:
 def _one_job(store: Store, job: JobRow) -> Value:
     (view,) = _views(store, [job])
     events: Sequence[Value] = [event_view(event) for event in store.events(job.id)]
-    return {**view, "steps": steps_view(job, store.finished_steps()), "events": events}
+    steps = read_order(job.plan).job.steps
+    done = store.finished_ids({step.id for step in steps})
+    return {**view, "steps": steps_view(steps, done), "events": events}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Set
 from typing import Any
 
 from orchestrator.contracts import AdapterVersion
 from orchestrator.control.submission import read_order
 from orchestrator.job import REASONS
 from orchestrator.judgement import FINDINGS_TAG, GATE_TAG
-from orchestrator.plan.steps import PlannedJob
+from orchestrator.plan.steps import PlannedJob, Step
 from orchestrator.store.rows import EventRow, JobRow, MetricRow, RunRow
 
 DEFAULT_TEAM = "default"
@@ -70,11 +70,11 @@ def run_view(run: RunRow) -> dict[str, Any]:
     return {"id": run.id, "name": run.name, "status": run.status.value, "submitted_at": run.submitted_at}
 
 
-def steps_view(job: JobRow, finished: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The job's steps in order; `finished` holds the ids of those that are done."""
+def steps_view(steps: Iterable[Step], finished: Set[str]) -> list[dict[str, Any]]:
+    """A job's steps in order; `finished` holds the ids of those that are done."""
     return [
         {"id": step.id, "kind": step.kind, "words": STAGES[step.kind], "done": step.id in finished}
-        for step in read_order(job.plan).job.steps
+        for step in steps
     ]
 
 

@@ -117,6 +117,10 @@ class LocalCluster:
     def task_progress(self, task_id: str) -> Progress | None:
         return self._progress.get(task_id)
 
+    def forget_task(self, task_id: str) -> None:
+        self._tasks.pop(task_id, None)
+        self._progress.pop(task_id, None)
+
     def _told(self, task_id: str, done: int, total: int) -> None:
         self._progress[task_id] = Progress(done, total)
 

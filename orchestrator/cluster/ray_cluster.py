@@ -178,6 +178,10 @@ class RayCluster:
     def task_progress(self, task_id: str) -> Progress | None:
         return read_progress(self._progress / task_id)
 
+    def forget_task(self, task_id: str) -> None:
+        self._tasks.pop(task_id, None)
+        (self._progress / task_id).unlink(missing_ok=True)
+
     def close(self) -> None:
         for host in list(self._gangs):
             self.stop_host(host)

@@ -19,7 +19,7 @@ from orchestrator.job import Status
 from orchestrator.plan.steps import Step
 from orchestrator.queue import Need
 from orchestrator.store.rows import JobRow
-from workers.types import Detach, JobSpec
+from workers.types import JobSpec
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def _training(work: Work, host: Host, living: LivingHost) -> Iterator[str]:
         parameters = _adapter_parameters(work, row) if row is not None else 0
         work.fleet.seat(spec.job, spec.attempt, host.name, Need.SLOT, parameters)
         if row is None or row.status is Status.WAITING:
-            work.cluster.send(host.name, Detach(spec.job, spec.attempt))
+            work.detach(host, spec.job, spec.attempt)
             continue
         trained = Path(spec.checkpoint_dir).name
         step = next(step for step in work.order(row.id).job.steps if step.id == trained)

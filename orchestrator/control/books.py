@@ -6,7 +6,7 @@ accounting, never a job.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,10 +31,14 @@ class Books:
     usage: dict[str, float] = field(default_factory=dict[str, float])
     """Team -> decayed, as of `at`."""
     attained: dict[str, float] = field(default_factory=dict[str, float])
+    held: dict[str, float] = field(default_factory=dict[str, float])
+    """Job -> seconds for which it was under way while a controller was at work."""
     waiting_since: dict[str, float] = field(default_factory=dict[str, float])
     preempted_at: dict[str, float] = field(default_factory=dict[str, float])
     poison: Poison = field(default_factory=Poison)
     at: float | None = None
+    _holding: frozenset[str] = frozenset()
+    _held_at: float = 0.0
     _tokens: dict[str, int] = field(default_factory=dict[str, int])
     _written: float | None = None
 
@@ -51,6 +55,7 @@ class Books:
                 dict(value["waiting_since"]),
                 dict(value["preempted_at"]),
             )
+            books.held = dict(value.get("held", {}))  # younger than some stores
             books.at = value["at"]
         return books
 
@@ -65,6 +70,7 @@ class Books:
             "at": self.at,
             "usage": self.usage,
             "attained": self.attained,
+            "held": self.held,
             "waiting_since": self.waiting_since,
             "preempted_at": self.preempted_at,
             "poison": poison,
@@ -80,6 +86,15 @@ class Books:
 
     def trained(self, job: str, tokens: int) -> None:
         self._tokens[job] = self._tokens.get(job, 0) + tokens
+
+    def holds(self, jobs: Iterable[str], now: float) -> None:
+        """These are under way now. What was so the last time has been until now; a clock set back counts 0.
+
+        Their events would not do: they do not tell when a controller was killed, with all that it had.
+        """
+        for job in self._holding:
+            self.held[job] = self.held.get(job, 0.0) + max(now - self._held_at, 0.0)
+        self._holding, self._held_at = frozenset(jobs), now
 
     def charge(self, hosts: tuple[Host, ...], teams: Mapping[str, str], now: float, half_life: float) -> None:
         """Charge residents for the time since the last charge: each for its share of its host's ticks.
@@ -128,6 +143,6 @@ class Books:
     def keep_only(self, jobs: Mapping[str, JobRow]) -> None:
         """Forget jobs that have finished, and acquit suspects that got further."""
         self.poison = acquitted(self.poison, {job: row.step for job, row in jobs.items()})
-        for kept in (self.attained, self.preempted_at):
+        for kept in (self.attained, self.held, self.preempted_at):
             for job in kept.keys() - jobs.keys():
                 del kept[job]

@@ -81,7 +81,7 @@ class Controller:
         registration = Registration(registry, work.ledger, self._curves, home)
         self._steps = Steps(work, registration, self._errands, self._backoff, self._guard)
         self._policy = PolicyFile(home / "teams.yaml")
-        self._board = Board(work)
+        self._board = Board(work, home)
         self._decided_at = self._changed_at = float("-inf")
         self._redone: set[str] = set()
         self._too_large_since: dict[str, float] = {}
@@ -145,6 +145,7 @@ class Controller:
         """
         going = adopt(self._work, self._run, f"{user_at_machine()} ({os.getpid()})")
         self._requeue(Reason.CONTROLLER_RESTARTED, going)
+        self._work.ended += self._work.store.ended_with_series(self._work.store.curves.pending())
 
     def tick(self) -> bool:
         """One round; False when every job has finished and has left its host.
@@ -177,6 +178,7 @@ class Controller:
         decision = schedule(snapshot)
         self._act(decision, {job.job: job for job in waiting})
         self._board.show(snapshot, decision)
+        self._forget()
         settled = done == self._work.ledger.changes and not decision.moves
         self._decided_at = self._work.clock() if settled else float("-inf")
 
@@ -184,6 +186,7 @@ class Controller:
         """Stop the hosts, queue what was under way, and export what can still be exported."""
         self._work.fleet.stop_all()
         self._errands.finish(CLOSE_SECONDS)
+        self._work.books.write(self._work.clock(), at_once=True)
         self._requeue(Reason.INTERRUPTED)
         self._board.clear()
         self._end_runs()
@@ -209,11 +212,13 @@ class Controller:
         return bool(requests)
 
     def _stop_overdue(self) -> None:
-        """A job's time runs from its first placement; its last checkpoint stays."""
-        for job in list(self._work.jobs.values()):
-            most = self._work.order(job.id).job.max_duration
-            if most is not None and job.started_at is not None and self._work.clock() - job.started_at > most:
-                self._work.switch(job.id, Reason.OUT_OF_TIME, f"after step {job.step}")
+        """A job's time runs while it is under way, not while it waits; its last checkpoint stays."""
+        work = self._work
+        work.books.holds((job for job in work.jobs if not work.waits(job)), work.clock())
+        for job in list(work.jobs.values()):
+            most = work.order(job.id).job.max_duration
+            if most is not None and work.books.held.get(job.id, 0.0) > most:
+                work.switch(job.id, Reason.OUT_OF_TIME, f"after step {job.step}")
 
     def _advance(self) -> list[Waiting]:
         waiting: list[Waiting] = []
@@ -226,11 +231,12 @@ class Controller:
     def _end_runs(self) -> None:
         """Tell the registry of jobs that ended without a version; once it is not asked for one any more."""
         asked = {flight.job for flight in self._work.flights.values() if flight.of == "registry"}
-        for job in self._work.ended:
-            if job.id not in asked and job.status is not Status.SUCCEEDED:
-                status = "KILLED" if job.status is Status.CANCELLED else "FAILED"
-                self._curves.end(self._work.order(job.id), status)
+        ended = [job for job in self._work.ended if job.id not in asked]
         self._work.ended = [job for job in self._work.ended if job.id in asked]
+        for job in ended:
+            order = self._work.readable(job.id)
+            if job.status is not Status.SUCCEEDED and order and not self._work.ledger.registered(order):
+                self._curves.end(order, "KILLED" if job.status is Status.CANCELLED else "FAILED")
 
     def _keep_books(self, waiting: list[Waiting], policy: Policy) -> None:
         work, now = self._work, self._work.clock()
@@ -238,6 +244,15 @@ class Controller:
         work.books.waits({job.job for job in waiting if parents_verdict(job) is None}, now)
         work.books.charge(work.fleet.hosts, picture.teams_aboard(work), now, policy.half_life)
         work.books.write(now)
+
+    def _forget(self) -> None:
+        """A controller may work for months: nothing is kept of a job that has ended."""
+        work = self._work
+        if work.forget():
+            self._steps.keep_only(work.jobs)
+            self._curves.keep_only(work.orders)
+            since = self._too_large_since.items()
+            self._too_large_since = {job: at for job, at in since if job in work.jobs}
 
     # ---- acting ----------------------------------------------------------------------------------------
 

@@ -103,6 +103,11 @@ class CurveExport:
         if order.series in self._runs or self._store.curves.read(order.series):
             self._ended[order.series] = order, status
 
+    def keep_only(self, orders: Iterable[Order]) -> None:
+        """Forget the runs of other jobs, but of those of whose end the registry is still to be told."""
+        kept = {order.series for order in orders} | self._late.keys() | self._ended.keys()
+        self._runs = {series: run for series, run in self._runs.items() if series in kept}
+
     # ---- asked of the registry ---------------------------------------------------------------------------
 
     def _send_late(self) -> None:
@@ -117,7 +122,8 @@ class CurveExport:
 
     def _send_and_end(self, order: Order, ending: Ending | None) -> Curves:
         sent = self.send(order)
-        if ending is not None and sent == Curves():
+        # Before its points are marked: who is killed in between finds them, and ends the run again.
+        if ending is not None and _last(sent):
             self._registry.end_run(self.run_of(order), ending)
         return sent
 
@@ -132,10 +138,10 @@ class CurveExport:
             log.exception("the curves could not be exported")
             self._backoff.failed()
         else:
-            if ending is not None and sent == Curves():
-                self._ended.pop(order.series, None)
-            elif ending is not None or len(sent.steps) == POINTS_AT_ONCE:
+            if not _last(sent):
                 self._late[order.series] = order
+            elif ending is not None:
+                self._ended.pop(order.series, None)
             if ending is not None or sent != Curves():
                 self._backoff.worked()
         self._send_late()
@@ -247,6 +253,11 @@ def _teachers(distill: DistillSpec | None) -> tuple[Teacher, ...]:
 
 def _paths(datasets: Sequence[DatasetSpec]) -> str:
     return ", ".join(dataset.path for dataset in datasets)
+
+
+def _last(sent: Curves) -> bool:
+    """Whether there were no more points than these."""
+    return len(sent.steps) < POINTS_AT_ONCE and len(sent.validations) < POINTS_AT_ONCE
 
 
 # ---- points --------------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ class Host:
     step_tokens: dict[str, int] = field(default_factory=dict[str, int])
     """Job in a slot -> padded tokens of its last step, on all ranks."""
     visitors: set[str] = field(default_factory=set[str])
+    leaving: set[str] = field(default_factory=set[str])
+    """Residents that were told to leave their slots."""
     idle_since: float | None = None
     """When it was first seen without anyone."""
 
@@ -104,6 +106,7 @@ class Fleet:
                 del host.residents[job]
                 del host.adapter_parameters[job]
                 host.step_tokens.pop(job, None)
+                host.leaving.discard(job)
 
     def vacate(self, job: str) -> None:
         """The job needs no host now. A slot is given back only by the host itself: `vacate_slot`."""

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from orchestrator.control.fleet import Host
 from orchestrator.control.ledger import evaluation_result
-from orchestrator.control.work import Work
+from orchestrator.control.work import Flight, Work
 from orchestrator.job import Reason, Status
 from orchestrator.plan.steps import EvaluateWhat
 from orchestrator.poison import SOLO_DEATHS
@@ -144,13 +146,19 @@ def _training_finished(work: Work, host: Host, event: TrainingFinished) -> None:
     job = work.present(event.job, event.attempt)
     if job is not None and job.status is not Status.WAITING:
         host.visitors.add(event.job)
-    if flight is None:
-        return
+    if flight is not None:
+        _adapter_made(work, flight, Path(event.adapter_dir), step=event.step)
+
+
+def _adapter_made(work: Work, flight: Flight, folder: Path, **more: Any) -> None:
+    """Record a step that made an adapter; its job fails if that does not verify or cannot be read."""
     try:
-        work.ledger.finish(flight.step.id, "train", event.job, work.ledger.training_result(event))
-    except CorruptFolder as error:
-        if work.present(event.job, event.attempt):
-            work.switch(event.job, Reason.INTERNAL_ERROR, str(error), attempt=event.attempt)
+        result = work.ledger.adapter_result(folder, **more)
+    except (CorruptFolder, OSError) as error:
+        if work.present(flight.job, flight.attempt):
+            work.switch(flight.job, Reason.INTERNAL_ERROR, str(error), attempt=flight.attempt)
+    else:
+        work.ledger.finish(flight.step.id, flight.step.kind, flight.job, result)
 
 
 def _job_stopped(work: Work, event: JobStopped) -> None:
@@ -181,12 +189,10 @@ def _evaluation_ended(work: Work, host: Host, event: EvaluationDone | SearchDone
         return
     work.host_failures.pop(host.base, None)
     if isinstance(event, SearchDone):
-        folder = work.ledger.fusion_dir(step.id)
-        result = work.ledger.adapter_result(folder, report=dict(event.report))
+        _adapter_made(work, flight, work.ledger.fusion_dir(step.id), report=dict(event.report))
     else:
         assert isinstance(step.what, EvaluateWhat), f"{event.request} is not an evaluation"
-        result = evaluation_result(step.what, event)
-    work.ledger.finish(step.id, step.kind, flight.job, result)
+        work.ledger.finish(step.id, step.kind, flight.job, evaluation_result(step.what, event))
 
 
 def lose(work: Work, host: Host, message: str) -> None:

@@ -21,7 +21,7 @@ from orchestrator.control.submission import Order
 from orchestrator.plan.steps import EvaluateWhat, Step
 from orchestrator.store.store import Store
 from workers.manifest import CorruptFolder, folder_digest, verify_folder
-from workers.types import EvaluationDone, EvaluationReport, TrainingFinished
+from workers.types import EvaluationDone, EvaluationReport
 
 _REPORT = TypeAdapter(EvaluationReport)
 
@@ -56,8 +56,18 @@ class Ledger:
             self._results.pop(step, None)
         self._results |= {step: row.result for step, row in rows.items()}
 
+    def keep_only(self, orders: Iterable[Order]) -> None:
+        """Forget the results of other jobs' steps; the store has them."""
+        kept = {step.id for order in orders for step in order.job.steps}
+        self._results = {step: result for step, result in self._results.items() if step in kept}
+
     def remaining(self, order: Order) -> tuple[Step, ...]:
         return tuple(step for step in order.job.steps if step.id not in self._results)
+
+    def registered(self, order: Order) -> bool:
+        """Whether a job has made its version, at hand or long finished."""
+        step = order.job.step("register").id
+        return step in self._results or bool(self._store.finished_ids({step}))
 
     def result(self, step: str) -> Mapping[str, Any]:
         """A finished step's result. Raises KeyError. An errand may ask: this changes nothing."""
@@ -135,14 +145,11 @@ class Ledger:
             raise LostFolder(step, folder, f"{folder} is gone, and {shown(url)} has no copy of it")
 
     def adapter_result(self, folder: Path, **more: Any) -> dict[str, Any]:
-        """The result of a step that made an adapter. Raises CorruptFolder."""
+        """The result of a step that made an adapter. Raises CorruptFolder, OSError."""
         verify_folder(folder)
         inside = folder.is_relative_to(self._home)
         path = folder.relative_to(self._home) if inside else folder
         return {"adapter_dir": str(path), "digest": folder_digest(folder), **more}
-
-    def training_result(self, event: TrainingFinished) -> dict[str, Any]:
-        return self.adapter_result(Path(event.adapter_dir), step=event.step)
 
     # ---- scores ----------------------------------------------------------------------------------------
 

@@ -8,7 +8,6 @@ from orchestrator.control.books import Books
 from orchestrator.control.fleet import Host
 from orchestrator.control.submission import NEEDS
 from orchestrator.control.work import Work
-from orchestrator.job import Status
 from orchestrator.placement import HostView, Resident
 from orchestrator.policy import DEFAULT_TEAM, Policy
 from orchestrator.queue import Need, Waiting
@@ -41,14 +40,8 @@ def teams_aboard(work: Work) -> dict[str, str]:
         job: team_of(work, job)
         for host in work.fleet.hosts
         for job, attempt in host.residents.items()
-        if not leaving(work, job, attempt)
+        if not work.over(job, attempt)
     }
-
-
-def leaving(work: Work, job: str, attempt: int) -> bool:
-    """Whether that attempt was told to leave its slot, or has ended."""
-    row = work.present(job, attempt)
-    return row is None or row.status is Status.WAITING
 
 
 def _view(work: Work, books: Books, host: Host, now: float) -> HostView:
@@ -83,7 +76,7 @@ def _resident(work: Work, books: Books, job: str, attempt: int) -> Resident:
         books.remaining(row),
         row.submitted_at,
         books.preempted_at.get(job),
-        leaving(work, job, attempt),
+        work.over(job, attempt),
     )
 
 

@@ -1,6 +1,7 @@
 """What the controller shows of itself in the store, for commands that look: its hosts, the line of jobs.
 
-Written when it changes, and now and then so that one sees that it lives. Nobody decides by it.
+Written when it changes, and now and then so that one sees that it lives: who changes a job asks a controller
+that does. Nobody decides by it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -25,12 +27,14 @@ SHOW_SECONDS = 1.0
 JOBS_A_SECOND = 500
 """A long line is written less often: it is text of some hundred bytes a job."""
 ALIVE_SECONDS = 15.0
+"""No more rarely than this."""
 _SNAPSHOT = TypeAdapter(Snapshot)
 
 
 class Board:
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, home: Path) -> None:
         self._work = work
+        self._who = {"process": os.getpid(), "machine": platform.node(), "home": str(home)}
         self._since = work.clock()
         self._shown: dict[str, Any] | None = None
         self._decided_on: Any = None
@@ -72,15 +76,26 @@ class Board:
         if self._progress:
             self._work.store.show(PROGRESS, {})
             self._progress = {}
-        self._put(self._value([], []), self._work.clock())
+        self._put({**self._value([], []), "process": None}, self._work.clock())
 
     def _put(self, value: dict[str, Any], now: float) -> None:
         self._work.store.show(NAME, value)
         self._shown, self._at = value, now
 
     def _value(self, hosts: list[dict[str, Any]], line: list[list[str]]) -> dict[str, Any]:
-        where = {"process": os.getpid(), "machine": platform.node(), "since": self._since}
-        return {**where, "hosts": hosts, "line": line}
+        return {**self._who, "since": self._since, "hosts": hosts, "line": line}
+
+
+def works_elsewhere(store: Store, home: Path) -> bool:
+    """Whether a controller lives that holds the lock of another home, or on another machine.
+
+    One that was killed seems to live for twice the time within which it would have shown itself.
+    """
+    board = store.board(NAME)
+    if board is None or board.value["process"] is None or board.age > 2 * ALIVE_SECONDS:
+        return False
+    here = platform.node(), str(home.resolve())
+    return (board.value["machine"], board.value.get("home")) != here
 
 
 def read_snapshot(store: Store) -> tuple[Snapshot, float] | None:

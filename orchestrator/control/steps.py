@@ -5,7 +5,7 @@ Steps of a job are done in order, one at a time. Nothing here decides who goes f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -61,6 +61,10 @@ class Steps:
         self._fetched: dict[tuple[str, int], dict[str, str]] = {}
         """(job, attempt) -> NAME@REF -> folder, for what is asked for next."""
 
+    def keep_only(self, jobs: Container[str]) -> None:
+        """Forget what was fetched for other jobs; its files stay."""
+        self._fetched = {key: found for key, found in self._fetched.items() if key[0] in jobs}
+
     def advance(self, job: JobRow) -> Waiting | None:
         """Do what can be done for a job now; what it waits for, if that is the scheduler's to give."""
         order = self._work.order(job.id)
@@ -79,7 +83,7 @@ class Steps:
         if need is Need.NOTHING:
             return self._speak_to_registry(job, order, remaining)
         if need is Need.CPU or host is None or (need is Need.SLOT and job.id not in host.residents):
-            self._work.leave(job)
+            self._work.leave(job.id)
             return self._wants(job, order, remaining)
         if host.ready is not None:
             self._send_all(job, order, remaining, host)
@@ -117,7 +121,7 @@ class Steps:
         )
 
     def _succeed(self, job: JobRow) -> None:
-        self._work.leave(job)
+        self._work.leave(job.id)
         if job.status is not Status.STOPPING:
             self._work.switch(job.id, Reason.STEPS_DONE)
         self._work.switch(job.id, Reason.DONE)
@@ -213,6 +217,7 @@ class Steps:
                 self._work.progress[key] = progress
             if result is not None:
                 del self._work.flights[key]
+                self._work.cluster.forget_task(key)
                 heard = True
                 with self._guard(flight.job):
                     self._task_ended(flight, result)
@@ -242,7 +247,7 @@ class Steps:
 
     def _speak_to_registry(self, job: JobRow, order: Order, remaining: tuple[Step, ...]) -> None:
         """Have one registry step done; before an adapter is registered, its curve is told to the end."""
-        self._work.leave(job)
+        self._work.leave(job.id)
         if self._asking.registry_away(job):
             return
         if job.status is not Status.STOPPING and all(NEEDS[s.kind] is Need.NOTHING for s in remaining):

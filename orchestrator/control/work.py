@@ -6,7 +6,7 @@ All of it can be lost: the store has every status and every finished step.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -74,7 +74,7 @@ class Work:
         """Base -> hosts of it lost in a row without a step or a score in between."""
         self._orders: dict[str, Order] = {}
         self._runs: dict[str, str] = {}
-        """Of every job that was ever at hand."""
+        """Of every job at hand, until it is forgotten."""
         self._last_event = -1
         self._refreshed = 0.0
         self._pauses: dict[str, Backoff] = {}
@@ -94,25 +94,63 @@ class Work:
         self.jobs = {job.id: job for job in self.store.unfinished_jobs(run, known=self.jobs)}
         self.parents = self.store.statuses({p for job in self.jobs.values() for p in job.depends_on})
         self._last_event, self._refreshed = last, self.clock()
+        self._heed_others(before)
         for job in [job for job in self.jobs if job not in self._runs]:
             self._runs[job] = self.jobs[job].run
-            try:
-                self.ledger.learn(self.order(job))
-            except ValueError:
-                log.exception("the stored plan of %s cannot be read", job)
+            if (order := self.readable(job)) is not None:
+                self.ledger.learn(order)
+            else:
                 words = "its stored plan cannot be read by this version of chorus; submit again"
                 self.switch(job, Reason.INTERNAL_ERROR, words)
         return news or self.jobs != before
+
+    def _heed_others(self, before: Mapping[str, JobRow]) -> None:
+        """Who has the store, but another home, may end or pause jobs past this controller: they leave."""
+        ended = [job for job in before if job not in self.jobs and job in self._orders]
+        self.ended += [self.store.job(job) for job in ended]
+        for host in self.fleet.hosts:
+            over = [job for job, attempt in host.residents.items() if self.over(job, attempt)]
+            for job in [*over, *(job for job in host.visitors if self.waits(job))]:
+                self.leave(job)
+
+    def forget(self) -> bool:
+        """Drop what is held of jobs that are nowhere any more; whether there were any.
+
+        Not yet of one that is seated, that something was asked for, or whose end the registry is to be told.
+        """
+        seated = {job for host in self.fleet.hosts for job in host.seated}
+        asked = {flight.job for flight in self.flights.values()}
+        kept = self.jobs.keys() | seated | asked | {job.id for job in self.ended}
+        gone = (self._orders.keys() | self._runs.keys() | self._pauses.keys()) - kept
+        for job in gone:
+            for held in (self._orders, self._runs, self._pauses):
+                held.pop(job, None)
+        if gone:
+            self.ledger.keep_only(self.orders)
+        return bool(gone)
 
     def _still_the_one(self) -> None:
         newest = self.store.epochs.newest()
         if self.epoch is not None and newest != self.epoch:
             raise Superseded(newest, self.epoch)
 
+    @property
+    def orders(self) -> Collection[Order]:
+        """Of the jobs at hand."""
+        return self._orders.values()
+
     def order(self, job: str) -> Order:
         if job not in self._orders:
             self._orders[job] = read_order((self.jobs.get(job) or self.store.job(job)).plan)
         return self._orders[job]
+
+    def readable(self, job: str) -> Order | None:
+        """A job's order; None if its stored plan cannot be read."""
+        try:
+            return self.order(job)
+        except ValueError:
+            log.exception("the stored plan of %s cannot be read", job)
+            return None
 
     def run_of(self, job: str) -> str | None:
         return self._runs.get(job)
@@ -121,6 +159,14 @@ class Work:
         """The job if that attempt of it is still under way: a report of an old one is dropped."""
         row = self.jobs.get(job)
         return row if row is not None and row.attempt == attempt else None
+
+    def over(self, job: str, attempt: int) -> bool:
+        """Whether that attempt has ended, on its host or only in the store."""
+        return self.present(job, attempt) is None or self.waits(job)
+
+    def waits(self, job: str) -> bool:
+        """Whether a job is not under way: it waits, or has finished."""
+        return job not in self.jobs or self.jobs[job].status is Status.WAITING
 
     def note_progress(self, reports: Sequence[Report]) -> None:
         """Keep the rows at hand as the store has them now."""
@@ -161,7 +207,7 @@ class Work:
         else:
             self.jobs[job] = row
         if row.status.finished or row.status is Status.WAITING:
-            self.leave(row)
+            self.leave(job)
         return row
 
     def set_priority(self, job: str, priority: int, who: str) -> None:
@@ -183,16 +229,21 @@ class Work:
     def found_room(self, job: str) -> None:
         self._pauses.pop(job, None)
 
-    def leave(self, job: JobRow) -> None:
+    def leave(self, job: str) -> None:
         """Take a job off its host. A slot in which it trains is free when the host says so."""
-        host = self.fleet.host_of(job.id)
-        if host is not None and job.id in host.residents:
-            attempt = host.residents[job.id]
-            if self.training(job.id, attempt) is not None:
-                self.cluster.send(host.name, Detach(job.id, attempt))
+        host = self.fleet.host_of(job)
+        if host is not None and job in host.residents and job not in host.leaving:
+            attempt = host.residents[job]
+            if self.training(job, attempt) is not None:
+                self.detach(host, job, attempt)
             else:
-                self.fleet.vacate_slot(job.id, attempt)
-        self.fleet.vacate(job.id)
+                self.fleet.vacate_slot(job, attempt)
+        self.fleet.vacate(job)
+
+    def detach(self, host: Host, job: str, attempt: int) -> None:
+        """Tell an attempt to leave its slot."""
+        host.leaving.add(job)
+        self.cluster.send(host.name, Detach(job, attempt))
 
     def still_seated(self, job: str) -> bool:
         """Whether an attempt of the job has not left its slot yet."""

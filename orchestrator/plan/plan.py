@@ -8,7 +8,7 @@ Ids hold no path but a release's, no name of a job, and neither the number of ra
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -187,7 +187,14 @@ def _fuse_job(
         recipe_digest=pipeline.content_hash(),
         priority=max(source.recipe.recipe.schedule.priority for source in sources),
         estimate=distillation.estimate(fuse, sources) if fuse.distill else None,
+        team=_team(sources),
     )
+
+
+def _team(sources: Sequence[Source]) -> str | None:
+    """Whose share a fusion takes: its sources' team, if they have one and the same."""
+    teams = {source.recipe.recipe.schedule.team for source in sources}
+    return teams.pop() if len(teams) == 1 else None
 
 
 def _made(fuse: Fuse, sources: list[Source]) -> tuple[Step, ...]:

@@ -176,6 +176,6 @@ class Schedule(Model):
     priority: Priority = 50
     """low (25), normal (50), high (75), or a number from 0 to 100; higher goes first, with more of a tick."""
     team: str | None = None
-    """Whom the job is for."""
+    """Whom the job is for: whose share it takes. A fusion takes its jobs' team, if they have the same."""
     max_duration: Duration | None = None
-    """Longest running time, like 90s, 30m or 6h."""
+    """Longest running time, like 90s, 30m or 6h; waits and pauses are not counted."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from sqlalchemy import Connection, RowMapping, select
@@ -13,14 +13,15 @@ from orchestrator.store.rows import EventRow, JobRow, RunRow
 
 HEAVY = ("recipe", "plan")
 """Columns of a job that never change and that nobody should read ten times a second."""
+NEWEST_RUN = (tables.runs.c.submitted_at.desc(), tables.runs.c.number.desc())
+"""The order of runs."""
 MOST_PARAMETERS = 500
 """Values in one IN (...): SQLite takes 32,766, and a longer list is slower than two queries."""
 
 
 def read_runs(db: Connection, condition: Any = None) -> tuple[RunRow, ...]:
     """Runs with their statuses, the newest first."""
-    order = (tables.runs.c.submitted_at.desc(), tables.runs.c.number.desc())
-    query = select(tables.runs).order_by(*order)
+    query = select(tables.runs).order_by(*NEWEST_RUN)
     pairs = select(tables.jobs.c.run, tables.jobs.c.status)
     if condition is not None:
         query = query.where(condition)
@@ -69,6 +70,6 @@ def event_row(row: RowMapping) -> EventRow:
     return EventRow(**(dict(row) | values))
 
 
-def portions(keys: set[str]) -> list[list[str]]:
+def portions(keys: Set[str]) -> list[list[str]]:
     ordered = sorted(keys)
     return [ordered[first : first + MOST_PARAMETERS] for first in range(0, len(ordered), MOST_PARAMETERS)]

@@ -141,6 +141,8 @@ class Board:
 
     value: Any
     at: float
+    age: float
+    """Seconds, by the clock of who reads it."""
 
 
 @dataclass(frozen=True)

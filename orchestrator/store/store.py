@@ -8,7 +8,7 @@ in the same transaction. Curves are in `curves`, how a submission is written in 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from orchestrator.store.engine import PATIENCE, open_engine, patiently
 from orchestrator.store.epochs import EpochStore
 from orchestrator.store.reading import (
     HEAVY,
+    NEWEST_RUN,
     event_row,
     heavy_columns,
     heavy_of,
@@ -130,10 +131,17 @@ class Store:
 
     @patiently
     def newest_run(self) -> RunRow | None:
-        order = (tables.runs.c.submitted_at.desc(), tables.runs.c.number.desc())
         with self._engine.connect() as db:
-            run = db.execute(select(tables.runs.c.id).order_by(*order).limit(1)).scalar()
+            run = db.execute(select(tables.runs.c.id).order_by(*NEWEST_RUN).limit(1)).scalar()
             return read_runs(db, tables.runs.c.id == run)[0] if run is not None else None
+
+    @patiently
+    def newest_run_with(self, name: str) -> str | None:
+        """The id of the newest run of that name, or with a job of that name."""
+        of_job = select(tables.jobs.c.run).where(tables.jobs.c.name == name)
+        query = select(tables.runs.c.id).where((tables.runs.c.name == name) | tables.runs.c.id.in_(of_job))
+        with self._engine.connect() as db:
+            return db.execute(query.order_by(*NEWEST_RUN).limit(1)).scalar()
 
     @patiently
     def run(self, run: str) -> RunRow:
@@ -173,6 +181,20 @@ class Store:
             rows = db.execute(select(*light).where(condition).order_by(*order)).mappings().all()
             fresh = heavy_columns(db, [row["id"] for row in rows if row["id"] not in known])
         return tuple(job_row(row, fresh.get(row["id"]) or heavy_of(known[row["id"]])) for row in rows)
+
+    @patiently
+    def ended_with_series(self, series: Set[str]) -> tuple[JobRow, ...]:
+        """Failed and cancelled jobs of these series, but of those that an unfinished job has as well."""
+        t = tables.jobs.c
+        under_way = select(t.series).where(t.status.not_in([status.value for status in FINISHED]))
+        ended = t.status.in_([Status.FAILED.value, Status.CANCELLED.value]) & t.series.not_in(under_way)
+        query = select(tables.jobs).where(ended).order_by(t.finished_at)
+        with self._engine.connect() as db:
+            return tuple(
+                job_row(row)
+                for some in portions(series)
+                for row in db.execute(query.where(t.series.in_(some))).mappings()
+            )
 
     @patiently
     def latest_paces(self, count: int) -> tuple[tuple[str, str | None, float], ...]:
@@ -296,6 +318,17 @@ class Store:
             db.execute(delete(tables.steps).where(tables.steps.c.id == step))
 
     @patiently
+    def finished_ids(self, steps: set[str]) -> set[str]:
+        """Those among `steps` that are finished. Their results, which may be long, are not read."""
+        query, found = select(tables.steps.c.id), tables.steps.c.id
+        with self._engine.connect() as db:
+            return {
+                step
+                for some in portions(steps)
+                for step in db.execute(query.where(found.in_(some))).scalars()
+            }
+
+    @patiently
     def finished_steps(self, steps: set[str] | None = None) -> dict[str, StepRow]:
         """Finished steps by id: those among `steps`, or all."""
         query, found = select(tables.steps), tables.steps.c.id
@@ -349,7 +382,7 @@ class Store:
         query = select(tables.boards.c.value, tables.boards.c.at).where(tables.boards.c.name == name)
         with self._engine.connect() as db:
             row = db.execute(query).first()
-        return Board(row.value, row.at) if row is not None else None
+        return Board(row.value, row.at, self._clock() - row.at) if row is not None else None
 
 
 def _consequences(

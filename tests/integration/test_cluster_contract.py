@@ -145,6 +145,8 @@ def test_cluster_task_tells_how_far_it_is(cluster, tmp_path):
         cluster.submit_task("counted", task)
         assert task_end(cluster, "counted").error is None
         assert cluster.task_progress("counted") == Progress(len(SHAPES), len(SHAPES))
+        cluster.forget_task("counted")
+        assert cluster.task_progress("counted") is None
 
 
 def test_cluster_task_that_is_wrong_is_refused_in_one_sentence(cluster, tmp_path):

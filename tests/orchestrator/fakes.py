@@ -278,6 +278,10 @@ class FakeCluster:
         done = self.asked_of.get(task_id)
         return Progress(done, self.faults.task_polls) if done else None
 
+    def forget_task(self, task_id: str) -> None:
+        del self.tasks[task_id]
+        self.asked_of.pop(task_id, None)
+
     def close(self) -> None:
         for host in list(self.hosts):
             self.stop_host(host)

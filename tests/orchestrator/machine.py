@@ -31,6 +31,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from orchestrator.api import changes
 from orchestrator.contracts import Capacity
 from orchestrator.control import controller as control
 from orchestrator.control.books import Books
@@ -104,6 +105,15 @@ class Machine(RuleBasedStateMachine):
         CONTENTS[f"requests: {kind}"] += 1
         job = data.draw(st.sampled_from([job.id for job in self.store.jobs()]))
         self.store.request(job, kind, value=data.draw(st.integers(0, 100)) if kind == "priority" else None)
+
+    @rule(data=st.data(), kind=st.sampled_from(["cancel", "pause", "resume"]))
+    def change_from_another_home(self, data: st.DataObject, kind: Any) -> None:
+        """Written into the store beside a controller that was taken for dead."""
+        unfinished = self.store.unfinished_jobs()
+        if unfinished:
+            CONTENTS[f"changes past the controller: {kind}"] += 1
+            changes._do(self.store, data.draw(st.sampled_from(unfinished)), kind, "another", None)
+            self.tick(1)
 
     @rule(quota=st.integers(0, 4), weight=st.sampled_from([0.5, 1.0, 3.0]))
     def change_quotas(self, quota: int, weight: float) -> None:

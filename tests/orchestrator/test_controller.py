@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -26,7 +27,7 @@ from orchestrator.scheduler import schedule
 from orchestrator.store.rows import JobRow
 from orchestrator.store.store import Store
 from tests.contract.memory_registry import MemoryRegistry
-from tests.orchestrator.fakes import METRICS, FakeCluster, Faults, at_once
+from tests.orchestrator.fakes import METRICS, FakeCluster, Faults, Killed, at_once
 from tests.orchestrator.recipe_files import finance, fuse, pipeline, support, write_world, write_yaml
 from workers.types import BadInput
 
@@ -88,6 +89,15 @@ def world(tmp_path):
     made = World(tmp_path, MemoryRegistry(tmp_path / "registry"))
     yield made
     made.store.close()
+
+
+def tick_until(world: World, controller: Controller, done: Callable[[], bool], most: int = 1000) -> None:
+    for _ in range(most):
+        if done():
+            return
+        controller.tick()
+        world.now += 1.0
+    raise AssertionError(world.words())
 
 
 def fused(**changes: Any) -> dict[str, Any]:
@@ -195,6 +205,8 @@ def test_version_below_its_gate_stays_candidate_and_its_children_do_not_run(worl
     job = world.job("finance")
     assert (job.status, job.reason) == (Status.FAILED, Reason.GATE_FAILED)
     assert "short by 0.05" in job.message
+    (run,) = [run for run in world.registry.runs.values() if run.name == "finance"]
+    assert run.status == "FINISHED", "its version is there"
     assert world.registry.version(FINANCE, "candidate").aliases == ("candidate",)
     assert world.registry.version(FINANCE, "1").tags["gate.status"] == "failed"
     assert (world.job("fused").reason, world.job("fused").message) == (Reason.PARENT_FAILED, job.id)
@@ -350,6 +362,61 @@ def test_cancelled_job_leaves_its_slot_and_its_neighbour_finishes(world):
     assert world.store.open_requests() == ()
 
 
+def elsewhere(world: World) -> HomeService:
+    """Commands with this store, but a home of their own: given in another folder, or on another machine."""
+    return HomeService(Home(world.folder / "other", store="x"), lambda: world.store, nullcontext, "ann")
+
+
+@pytest.mark.parametrize("kind", ["cancel", "pause"])
+def test_change_from_another_home_is_asked_of_the_controller_that_lives(world, kind):
+    job = f"{world.submit(finance(max_steps=50), support())}.finance"
+    service = elsewhere(world)
+    done: list[bool] = []
+
+    def change() -> None:
+        if world.job("finance").step == 3 and not done:
+            assert service.at_work()
+            done.append(service.change(job, kind)["done"])
+        if kind == "pause" and world.job("support").status.finished and not world.store.open_requests():
+            service.change(job, "cancel")
+
+    world.run(on_tick=change)
+    assert done == [False]
+    assert [command.job for command in world.cluster.asked("Detach")] == [job]
+    assert world.statuses() == {"finance": Status.CANCELLED, "support": Status.SUCCEEDED}
+    assert not service.at_work(), "it has said that it ends"
+
+
+@pytest.mark.parametrize("kind", ["cancel", "pause"])
+def test_job_that_others_end_or_pause_in_the_store_leaves_its_slot(world, monkeypatch, kind):
+    """A controller that has not shown itself for long, as its machine stood still, is taken for dead."""
+    monkeypatch.setattr("orchestrator.control.show.ALIVE_SECONDS", -1.0)
+    job = f"{world.submit(finance(max_steps=50), support())}.finance"
+    service = elsewhere(world)
+    controller = world.controller()
+    controller.recover()
+    tick_until(world, controller, lambda: world.job("finance").step == 3)
+    assert service.change(job, kind)["done"]
+    tick_until(world, controller, lambda: world.job("support").status.finished)
+    assert [command.job for command in world.cluster.asked("Detach")] == [job]
+    assert world.job("finance").step <= 5
+    assert not any(host.residents for host in controller._work.fleet.hosts)
+    if kind == "cancel":
+        (run,) = [run for run in world.registry.runs.values() if run.name == "finance"]
+        assert run.status == "KILLED"
+
+
+def test_job_cancelled_in_the_store_before_its_host_is_ready_gives_its_slot_back(world, monkeypatch):
+    monkeypatch.setattr("orchestrator.control.show.ALIVE_SECONDS", -1.0)
+    world.submit(finance(max_steps=50))
+    controller = world.controller()
+    controller.recover()
+    tick_until(world, controller, lambda: world.job("finance").status is Status.STARTING)
+    assert elsewhere(world).change("finance", "cancel")["done"]
+    tick_until(world, controller, lambda: not controller.tick(), 3)
+    assert world.cluster.asked("Attach") == []
+
+
 def test_job_that_outlasts_its_max_duration_is_stopped_and_its_neighbour_finishes(world):
     world.submit(finance(max_steps=500, schedule={"max_duration": "10s"}), support())
     world.run()
@@ -357,6 +424,48 @@ def test_job_that_outlasts_its_max_duration_is_stopped_and_its_neighbour_finishe
     assert job.reason is Reason.OUT_OF_TIME
     assert 10 < job.finished_at - job.started_at <= 12
     assert world.job("support").status is Status.SUCCEEDED
+
+
+def test_max_duration_counts_neither_pauses_nor_the_time_without_a_controller(world):
+    world.submit(finance(max_steps=20, schedule={"max_duration": "60s"}))
+    asked: list[str] = []
+
+    def pause_for_long() -> None:
+        job = world.job("finance")
+        if job.step == 5 and not asked:
+            asked.append("pause")
+            world.store.request(job.id, "pause")
+        if job.reason is Reason.PAUSED_BY_USER:
+            asked.append("resume")
+            world.now += 1000.0
+            world.store.request(job.id, "resume")
+        if job.step == 12:
+            raise Killed  # no event tells when
+
+    killed = world.controller()
+    killed.recover()
+    with pytest.raises(Killed):
+        tick_until(world, killed, lambda: bool(pause_for_long()))
+    world.now += 1000.0
+    world.run()
+    assert asked == ["pause", "resume"]
+    assert world.job("finance").status is Status.SUCCEEDED, world.words()
+
+
+def test_max_duration_is_of_all_stretches_together(world):
+    world.submit(finance(max_steps=500, schedule={"max_duration": "20s"}))
+
+    def interrupt() -> None:
+        if world.job("finance").step == 12 and world.job("finance").attempt == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        world.run(on_tick=interrupt)
+    world.now += 1000.0
+    resumed = world.now
+    world.run()
+    assert world.job("finance").reason is Reason.OUT_OF_TIME
+    assert world.job("finance").finished_at - resumed < 12
 
 
 def test_paused_job_leaves_its_slot_and_goes_on_from_what_it_saved_when_resumed(world):
@@ -633,6 +742,48 @@ def test_full_disk_while_registering_waits_and_registers_once(world):
     assert Reason.DISK_FULL in seen
     assert world.job("finance").status is Status.SUCCEEDED, world.words()
     assert len(world.registry.versions()) == 1
+
+
+def test_job_that_ended_while_the_registry_was_away_has_its_run_ended_by_the_next_controller(world):
+    world.registry = AwayRegistry(world.registry)
+    world.submit(finance(max_steps=40))
+
+    def cancel() -> None:
+        world.registry.away |= world.job("finance").step == 8
+        if world.job("finance").step == 12:
+            world.store.request(world.job("finance").id, "cancel")
+
+    world.run(on_tick=cancel)
+    (run,) = world.registry.inner.runs.values()
+    assert (run.status, world.store.curves.pending()) == ("RUNNING", {world.job("finance").series})
+    world.registry.away = False
+    world.submit(support())
+    world.run()
+    last = world.store.metrics(world.store.jobs()[0].id)[-1].step
+    assert (run.status, ("loss", last) in run.points) == ("KILLED", True)
+    assert not world.store.curves.pending()
+
+
+def test_controller_keeps_nothing_of_jobs_that_have_ended(world):
+    controller = world.controller()
+    controller.recover()
+    work = controller._work
+
+    def held() -> list[int]:
+        kept = (work._orders, work._runs, work.ledger._results, controller._curves._runs, world.cluster.tasks)
+        return [len(each) for each in kept]
+
+    counts: list[list[int]] = []
+    for seed in range(4):
+        run = world.submit(finance(seed=seed), support(seed=seed), **fused(release=None))
+        tick_until(world, controller, lambda run=run: world.store.run(run).status.finished)
+        for _ in range(3):
+            controller.tick()
+            world.now += 1.0
+        counts.append(held())
+    assert set(world.statuses().values()) == {Status.SUCCEEDED}, world.words()
+    assert counts[1:] == counts[:-1]
+    assert sum(counts[0]) == 0
 
 
 def test_error_of_ours_in_one_job_leaves_the_others_alone(world):

@@ -15,7 +15,7 @@ from orchestrator.job import Reason, Status
 from tests.contract.memory_registry import MemoryRegistry
 from tests.orchestrator.fakes import Later
 from tests.orchestrator.recipe_files import finance, support, write_world, write_yaml
-from tests.orchestrator.test_controller import FINANCE, World
+from tests.orchestrator.test_controller import FINANCE, World, tick_until
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 
@@ -53,15 +53,6 @@ def world(tmp_path):
     yield made
     registry.goes_on.set()
     made.store.close()
-
-
-def tick_until(world: World, controller: Any, done: Callable[[], bool], most: int = 1000) -> None:
-    for _ in range(most):
-        if done():
-            return
-        controller.tick()
-        world.now += 1.0
-    raise AssertionError(world.words())
 
 
 def to_the_end(world: World, controller: Any) -> None:

@@ -326,3 +326,11 @@ def test_plan_estimate_of_epochs_counts_short_last_batches(world: Path) -> None:
 def test_plan_counts_steps_as_the_host_does(rows: int, batch: int, epochs: float, steps: int | None) -> None:
     training = TrainingSpec(1e-3, batch, 64, num_epochs=None if steps else epochs, max_steps=steps)
     assert num_steps(training, rows) == host_num_steps(training, rows)
+
+
+@pytest.mark.parametrize(("others", "team"), [("desk", "desk"), ("shop", None), (None, None)])
+def test_fusion_takes_the_team_that_its_jobs_have_in_common(
+    world: Path, others: str | None, team: str | None
+) -> None:
+    made = plan(world, money={"schedule": {"team": "desk"}}, help_={"schedule": {"team": others}})
+    assert made.jobs[-1].team == team

@@ -269,6 +269,13 @@ def test_finished_steps_of_a_choice_gives_only_those_recorded(store, job):
     assert set(store.finished_steps()) == {"s1"}
 
 
+def test_finished_ids_are_those_of_a_choice_however_large(store, job):
+    for number in range(3):
+        store.finish_step(f"s{number}", "train", job, {"a": number})
+    assert store.finished_ids({f"s{number}" for number in range(1, 1200)}) == {"s1", "s2"}
+    assert store.finished_ids(set()) == set()
+
+
 def test_request_stays_open_until_closed(store, job):
     store.request(job, "priority", who="ann", value=80)
     (request,) = store.open_requests()

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from orchestrator.job import Status
+from orchestrator.job import Reason, Status
 from orchestrator.plan.plan import make_plan
 from orchestrator.plan.steps import PlannedJob, SearchWhat
 from orchestrator.recipe.pipeline import load_pipeline
 from orchestrator.registry.fusion_plots import fusion_plots
-from tests.orchestrator.fakes import FLOORS
+from tests.orchestrator import fakes
+from tests.orchestrator.fakes import FLOORS, search
 from tests.orchestrator.recipe_files import finance, fuse, pipeline, support, write_world, write_yaml
 from tests.orchestrator.test_controller import FUSED, World, world  # noqa: F401 - a fixture
 from workers.types import BadInput
@@ -138,6 +139,29 @@ def _lose_the_host_of_a_search(world: World) -> None:  # noqa: F811
     """At its next poll, which would have brought the search's end."""
     if not world.faults.lose_at and world.cluster.asked("SearchWeights"):
         world.faults.lose_at = {world.cluster.polls + 1}
+
+
+def test_search_whose_adapter_does_not_verify_fails_its_job_alone(
+    world: World,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def torn(command: Any) -> Any:
+        done = search(command)
+        (weights,) = Path(command.search.plan.out_dir).glob("*.safetensors")
+        weights.write_bytes(weights.read_bytes()[:-1])
+        return done
+
+    monkeypatch.setattr(fakes, "search", torn)
+    world.submit(finance(), support(), **fuse(rule="cat", search=SEARCH))
+    world.submit(finance(name="beside", seed=3, max_steps=40))
+    world.run()
+    assert world.statuses() == {
+        **{"finance": Status.SUCCEEDED, "support": Status.SUCCEEDED, "fused": Status.FAILED},
+        "beside": Status.SUCCEEDED,
+    }
+    fused = world.job("fused")
+    assert fused.reason is Reason.INTERNAL_ERROR
+    assert "does not match the digest" in fused.message
 
 
 def test_fusion_plots_draw_the_certificate_of_a_fusion(tmp_path: Path) -> None:
