@@ -6,6 +6,7 @@ process boundary verify bytes with the same code.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -60,10 +61,10 @@ def publish_folder(
 
     A reader sees the whole folder or none. `extra` is stored in the manifest under its own keys; `known` may
     be filled while the folder is written, as in `folder_files`.
-    Raises FileExistsError if `final` exists: a published folder is never changed.
+    Raises FileExistsError if `final` exists, or comes meanwhile: a published folder is never changed.
     """
     if final.exists():
-        raise FileExistsError(f"{final} exists already; a published folder is never overwritten")
+        raise _taken(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     scratch = final.parent / f".{final.name}.{uuid4().hex}"
     scratch.mkdir()
@@ -72,11 +73,24 @@ def publish_folder(
         manifest = {**(extra or {}), "files": folder_files(scratch, known)}
         (scratch / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
         _fsync_tree(scratch)
-        scratch.rename(final)
+        _rename(scratch, final)
         _fsync(final.parent)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def _rename(scratch: Path, final: Path) -> None:
+    try:
+        scratch.rename(final)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise _taken(final) from error
+
+
+def _taken(final: Path) -> FileExistsError:
+    return FileExistsError(f"{final} exists already; a published folder is never overwritten")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from orchestrator.contracts import Cluster, ClusterUnreachable, Registry, RegistryUnreachable
+from orchestrator.contracts import Cluster, ClusterUnreachable, NoSuchVersion, Registry, RegistryUnreachable
 from orchestrator.control import picture
 from orchestrator.control.adoption import adopt
 from orchestrator.control.curve_export import Backoff, CurveExport
@@ -331,7 +331,7 @@ class Controller:
             self._stop(job, Reason.REGISTRY_AWAY, f"{error}{scarce(self._home)}")
         except GateFailed as error:
             self._stop(job, Reason.GATE_FAILED, str(error))
-        except BadInput as error:
+        except (BadInput, NoSuchVersion) as error:
             self._stop(job, Reason.BAD_DATA, str(error))
         except LostFolder as error:
             self._redo(job, error)
