@@ -56,7 +56,7 @@ class Home:
 
     def round(self) -> None:
         self.controller.tick()
-        time.sleep(self.controller.pause)
+        self.controller.rest()
 
     def working(self) -> list[Any]:
         return [job for job in self.store.unfinished_jobs() if job.status is Status.RUNNING and job.step > 0]
