@@ -39,12 +39,11 @@ class Training:
         parameters, started = self._seats.adapter_parameters, time.monotonic()
         for micro_batch in composition.micro_batches:
             if not self._run(micro_batch):
-                return self._ran_out(micro_batch)
+                return [*self._ran_out(micro_batch), *self._end_steps()]
         if self._capacity.calibrating and self._base.device.type == "cuda":
             torch.cuda.synchronize()  # else the clock would time the queueing alone
         seconds = time.monotonic() - started
-        complete = [resident for resident in self._seats.residents.values() if not resident.chunks]
-        events = self._end_steps(complete)
+        events = self._end_steps()
         largest = max(micro_batch.tokens for micro_batch in composition.micro_batches)
         measured = self._capacity.after_tick(composition.tokens, largest, seconds, parameters)
         return [*events, measured] if measured else events
@@ -88,7 +87,9 @@ class Training:
 
     # -- steps -----------------------------------------------------------------------------------------
 
-    def _end_steps(self, complete: list[Resident]) -> list[Event]:
+    def _end_steps(self) -> list[Event]:
+        """The step of every job whose last chunk has run; between two ticks every resident has chunks."""
+        complete = [resident for resident in self._seats.residents.values() if not resident.chunks]
         if not complete:
             return []
         losses = torch.stack([resident.loss_on(self._base.device) for resident in complete])
