@@ -104,7 +104,9 @@ class Training:
         # The tick's one look at the device: everything before it is queued there.
         figures = torch.stack([losses.double(), norms.double()]).tolist()
         for resident, loss, norm in zip(complete, *figures, strict=True):
-            events += self._end_step(resident, loss, norm)
+            # Waiting for what one saves may tell that another could not save: that one is stopped already.
+            if resident.spec.job in self._seats.residents:
+                events += self._end_step(resident, loss, norm)
         return events
 
     def _end_step(self, resident: Resident, loss: float, grad_norm: float) -> list[Event]:
