@@ -132,21 +132,25 @@ def limit_bytes(sharers: int) -> int:
 def free_bytes() -> int:
     """Of this machine's main memory, or of the control group's if that is less."""
     found = [_kib(MEMINFO, "MemAvailable")]
-    for most, used in (
-        (CGROUP / "memory.max", CGROUP / "memory.current"),
-        (CGROUP / "memory/memory.limit_in_bytes", CGROUP / "memory/memory.usage_in_bytes"),
+    for folder, most, used, cache in (
+        (CGROUP, "memory.max", "memory.current", "inactive_file"),
+        (CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        if most.is_file() and (text := most.read_text().strip()).isdigit():
-            found.append(int(text) - int(used.read_text()))
+        if (folder / most).is_file() and (text := (folder / most).read_text().strip()).isdigit():
+            held = int((folder / used).read_text()) - _figure(folder / "memory.stat", cache)
+            found.append(int(text) - max(0, held))
     return max(0, min(found))
 
 
 def _kib(path: Path, key: str) -> int:
-    """The bytes in a line like `VmHWM:  1024 kB`; 0 where the system has no such file."""
-    if not path.is_file():
-        return 0
-    line = next((line for line in path.read_text().splitlines() if line.startswith(f"{key}:")), None)
-    return int(line.split()[1]) * 1024 if line else 0
+    """The bytes in a line like `VmHWM:  1024 kB`."""
+    return _figure(path, f"{key}:") * 1024
+
+
+def _figure(path: Path, key: str) -> int:
+    """The number behind a word that begins a line; 0 where the system has no such file, or no such line."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [key]), 0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

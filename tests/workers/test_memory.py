@@ -135,3 +135,24 @@ def faults(how: str) -> int:
 def test_freed_memory_that_is_kept_is_not_faulted_in_again():
     assert faults("given back") > 0.9 * PAGES
     assert faults("kept") < 0.1 * PAGES
+@pytest.mark.parametrize(
+    ("most", "used", "cache"),
+    [
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_free_bytes_counts_cached_files_that_nobody_uses_as_free(monkeypatch, tmp_path, most, used, cache):
+    (tmp_path / "memory").mkdir()
+    (tmp_path / most).write_text("16000000\n")
+    (tmp_path / used).write_text("15900000\n")
+    stat = (tmp_path / most).with_name("memory.stat")
+    stat.write_text(f"anon 6000000\nfile 9900000\nactive_file 1\nold_{cache} 5\n{cache} 9000000\n")
+    (tmp_path / "meminfo").write_text("MemAvailable:    50000 kB\n")
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert memory.free_bytes() == 9_100_000
+    stat.write_text(f"{cache} 99000000\n")  # read a moment after the other
+    assert memory.free_bytes() == 16_000_000
+
+
