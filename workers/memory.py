@@ -33,17 +33,31 @@ MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 @dataclass
 class Peaks:
-    """Peaks of this rank since its base was loaded, against the largest pass so far."""
+    """Peaks of this rank in the ticks since its base was loaded, against the largest pass so far."""
 
     bytes_per_parameter: int
     samples: dict[int, int] = field(default_factory=dict[int, int])
-    """Tokens of the largest pass so far -> highest peak so far, less the slots' bytes. 0: as loaded."""
+    """Tokens of the largest pass so far -> highest peak of a tick with such a pass, less the bytes of the
+    slots that were there in that tick. 0: as loaded."""
+    _before: int = 0
+    """The peak when the tick began."""
+
+    def begin(self) -> None:
+        """Before a tick's passes: what others held, who may have left, is no part of its peak."""
+        forget_peak()
+        self._before = peak_bytes()
 
     def seen(self, tokens: int, adapter_parameters: int) -> None:
-        """After passes of up to `tokens` padded tokens beside slots of `adapter_parameters` in all."""
-        peak = peak_bytes() if tokens >= max(self.samples, default=0) else 0
-        if peak:  # a system that does not tell has no model
-            self.samples[tokens] = peak - self.bytes_per_parameter * adapter_parameters
+        """After passes of up to `tokens` padded tokens beside slots of `adapter_parameters` in all.
+
+        A resident set keeps what former ticks have freed, and a peak may not be forgotten: a tick that holds
+        no more than was held before it tells nothing, unless its passes are larger than all before.
+        """
+        most, peak = max(self.samples, default=-1), peak_bytes()
+        if not peak or tokens < most or (tokens == most and peak <= self._before):
+            return  # a system that does not tell has no model
+        own = peak - self.bytes_per_parameter * adapter_parameters
+        self.samples[tokens] = max(own, self.samples.get(tokens, own))
 
     def fit(self, limit_bytes: int) -> MemoryModel | None:
         """None before any pass was seen."""
@@ -100,11 +114,11 @@ def peak_bytes() -> int:
 
 
 def forget_peak() -> None:
-    """Begin to measure peaks anew: loading a base may take more than holding it."""
+    """Begin to measure peaks anew: from what is held now."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
-    # Where the kernel refuses, the peak of loading stays in the model, which then promises too little.
+    # Where the kernel refuses, a higher peak of before stays in the model, which then promises too little.
     with contextlib.suppress(OSError):
         CLEAR_REFS.write_text("5")
 

@@ -36,6 +36,7 @@ class Training:
             self._capacity.tokens_per_pass,
         )
         self._seats.credit = dict(composition.credit)
+        self._capacity.before_tick()
         parameters, started = self._seats.adapter_parameters, time.monotonic()
         for micro_batch in composition.micro_batches:
             if not self._run(micro_batch):
