@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,7 +145,11 @@ def limit_bytes(sharers: int) -> int:
 
 
 def free_bytes() -> int:
-    """Of this machine's main memory, or of the control group's if that is less."""
+    """Of this machine's main memory, or of the control group's if that is less.
+
+    Of the files that a group has in the page cache those not in use are free, as they are to the kubelet: the
+    kernel lets go of them before anything fails. (A group's usage counts them, `MemAvailable` does not.)
+    """
     found = [_kib(MEMINFO, "MemAvailable")]
     for folder, most, used, cache in (
         (CGROUP, "memory.max", "memory.current", "inactive_file"),
@@ -168,9 +173,12 @@ def _figure(path: Path, key: str) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: torch's error on a GPU, Python's, or the CPU allocator's plain one."""
+    """Whether an allocation failed: torch's error on a GPU, Python's, the kernel's (of an arena), or the CPU
+    allocator's plain one."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(
         words in str(error) for words in ("can't allocate memory", "not enough memory")
     )
