@@ -25,17 +25,24 @@ def on_all(ranks: Ranks, act: Callable[[], T]) -> tuple[T, None] | tuple[None, P
     problem: Problem | None = None
     try:
         value = act()
-    except (BadInput, CorruptFolder, OSError) as error:
-        problem = ("bad_data", str(error) or type(error).__name__)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        problem = _problem(error)
+        if problem is None:
             raise
-        problem = ("out_of_memory", str(error).strip().splitlines()[0] if str(error) else "out of memory")
     problems = [other for other in ranks.gather(problem) if other]
     if problems:
         return None, problems[0]
     assert value is not None, "what refuses nowhere gives a value everywhere"
     return value, None
+
+
+def _problem(error: Exception) -> Problem | None:
+    """An expected failure as a value."""
+    if is_out_of_memory(error):
+        return "out_of_memory", next(iter(str(error).strip().splitlines()), "out of memory")
+    if isinstance(error, BadInput | CorruptFolder | OSError):
+        return "bad_data", str(error) or type(error).__name__
+    return None
 
 
 def on_first(ranks: Ranks, write: Callable[[], object]) -> Problem | None:
