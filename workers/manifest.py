@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,11 +95,21 @@ def _taken(final: Path) -> FileExistsError:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a published folder. Raises CorruptFolder if it is missing or unreadable."""
+    """The manifest of a published folder. Raises CorruptFolder if there is none, or of something else."""
     try:
-        return json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise CorruptFolder(f"{folder} has no readable {MANIFEST}: {error}") from error
+    if not _lists_digests(manifest):
+        raise CorruptFolder(f"{folder / MANIFEST} lists no files with their digests: it is of something else")
+    return manifest
+
+
+def _lists_digests(manifest: Any) -> bool:
+    try:
+        return all(entry["sha256"] for entry in manifest["files"].values())
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 def verify_folder(folder: Path) -> dict[str, Any]:
@@ -131,11 +142,22 @@ def files_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
     return json_digest({name: entry["sha256"] for name, entry in files.items()})
 
 
-def remove_scratch(parent: Path) -> None:
-    """Remove what a killed writer left beside published folders."""
+def remove_scratch(parent: Path, abandoned_seconds: float = 0.0) -> None:
+    """Remove what a killed writer left beside published folders.
+
+    Where others may be writing just now, only that in which nothing was written for `abandoned_seconds`.
+    """
     for path in parent.glob(".*.*"):
-        if path.is_dir() and len(path.suffix) == 33:
+        if path.is_dir() and len(path.suffix) == 33 and _age(path) >= abandoned_seconds:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _age(folder: Path) -> float:
+    """Seconds since anything in it was written; none if it goes away meanwhile."""
+    try:
+        return max(0.0, time.time() - max(path.stat().st_mtime for path in (folder, *folder.rglob("*"))))
+    except OSError:
+        return 0.0
 
 
 def _fsync_tree(folder: Path) -> None:
