@@ -114,7 +114,7 @@ class CurveExport:
         for series, order in list(self._late.items()):
             if self._backoff.away:
                 return
-            if self._errands.free(lane := {series}):
+            if self._errands.free(lane := {series}, comes_again=True):
                 del self._late[series]
                 _, ending = self._ended.get(series, (order, None))
                 ask = partial(self._send_and_end, order, ending)

@@ -42,11 +42,14 @@ class Errands:
         self._under_way: list[Errand] = []
         self._turned_away = False
 
-    def free(self, lanes: Set[str]) -> bool:
-        """Whether an errand on these lanes could be begun now."""
+    def free(self, lanes: Set[str], comes_again: bool = False) -> bool:
+        """Whether an errand on these lanes could be begun now; if not, the next answer is told to make way.
+
+        But not for one that comes again by itself.
+        """
         taken = (lane for errand in self._under_way for lane in errand.lanes)
         free = len(self._under_way) < AT_ONCE and lanes.isdisjoint(taken)
-        self._turned_away |= not free
+        self._turned_away |= not free and not comes_again
         return free
 
     def begin(self, lanes: Set[str], ask: Callable[[], T], heard: Callable[[Future[T]], bool]) -> None:

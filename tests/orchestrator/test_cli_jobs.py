@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from orchestrator.api import service
+from orchestrator.commands.progress import RunProgress
 from orchestrator.registry.server import ServerFailed
+from orchestrator.store.store import Store
 from tests.orchestrator.cli_world import CliWorld, assert_one_sentence
 
 pytestmark = pytest.mark.usefixtures("unsynced")
@@ -106,6 +108,17 @@ def test_status_of_a_run_has_scores_versions_and_releases(done):
 def test_status_finds_a_job_by_id_and_by_name(done):
     by_name = done.read("status", "fused")
     assert done.read("status", by_name["id"])["id"] == by_name["id"]
+
+
+def test_looks_that_only_ask_which_steps_are_done_read_no_results(done, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("results may be megabytes")
+
+    monkeypatch.setattr(Store, "finished_steps", refuse)
+    assert all(step["done"] for step in done.read("status", "fused")["steps"])
+    assert all(step["done"] for job in done.read("plan", done.two_jobs())["jobs"] for step in job["steps"])
+    with done.open_store(done.home) as store:
+        assert len(RunProgress(store, store.runs()[0].id).look()) == 3
 
 
 @pytest.mark.parametrize(("reference", "code"), [("demo", 101), ("finance", 101)])

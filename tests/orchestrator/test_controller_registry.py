@@ -257,3 +257,14 @@ def test_errands_on_one_lane_go_one_at_a_time_and_on_all_lanes_a_few():
     assert heard == [1] * AT_ONCE
     assert errands.free({"lane 0"})
     assert not errands.hear()
+
+
+@pytest.mark.parametrize("comes_again", [False, True])
+def test_answer_makes_way_for_who_was_turned_away_but_not_for_who_comes_again_by_itself(comes_again):
+    asked: list[Callable[[], None]] = []
+    errands = Errands(asked.append)
+    for lane in map(str, range(AT_ONCE)):
+        errands.begin({lane}, lambda: None, lambda _: False)
+    assert not errands.free({"another"}, comes_again)
+    asked.pop()()
+    assert errands.hear() is not comes_again
