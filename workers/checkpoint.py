@@ -7,7 +7,6 @@ nothing else is needed to go on bit for bit. Never unpickles.
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from collections.abc import Generator, Iterator, Mapping
@@ -90,9 +89,8 @@ def _published(final: Path, extra: Mapping[str, Any]) -> Generator[Path]:
     try:
         with publish_folder(final, extra) as scratch:
             yield scratch
-    except OSError as error:
-        taken = isinstance(error, FileExistsError) or error.errno == errno.ENOTEMPTY
-        if not (taken and _verifies(final)):
+    except FileExistsError:
+        if not _verifies(final):
             raise
 
 
