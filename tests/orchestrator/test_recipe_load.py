@@ -267,7 +267,7 @@ def test_base_folder_named_without_a_base_file_takes_defaults(world: Path) -> No
         ({"model": "tiny", "tokens_per_tick": 0}, r"tokens_per_tick: should be auto or a whole number"),
         (
             {"model": "tiny", "attention": "flash"},
-            r"attention should be 'sdpa', 'eager' or 'flash_attention_2'",
+            r"attention should be 'sdpa', 'eager', 'flash_attention_2' or 'varlen'",
         ),
     ],
 )
