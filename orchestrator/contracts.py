@@ -302,6 +302,14 @@ class Registry(Protocol):
         """
         ...
 
+    def finish_move(self, name: str) -> Sequence[ReleaseRecord]:
+        """Carry out a move that was interrupted, if there is one; every move that was made, oldest first.
+
+        For whoever is about to move a champion, before looking which version that is: an interrupted move
+        may have set its aliases already.
+        """
+        ...
+
     def history(self, name: str) -> Sequence[ReleaseRecord]:
         """Every move of the champion of a name, oldest first; those that lost a race are not among them."""
         ...

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+from urllib.parse import parse_qs, urlsplit
 
 STORE_VARIABLE = "CHORUS_STORE"
 PATIENCE = 1.0
@@ -72,9 +74,19 @@ class Home:
     def downloads(self) -> Path:
         return self.folder / "downloads"
 
+    def folder_flag(self) -> str:
+        """How a command that needs no store is told to use this home; empty for the default one."""
+        return "" if self.folder == Path(".chorus").absolute() else f" --home {shlex.quote(str(self.folder))}"
+
     def flag(self) -> str:
-        """How a command is told to use this home; empty for the default one."""
-        return "" if self.folder == Path(".chorus").absolute() else f" --home {self.folder}"
+        """How a command is told to use this home and its store; empty for the default ones.
+
+        A URL that holds a password is not written out: the shell puts in what CHORUS_STORE is set to.
+        """
+        if self.store is None:
+            return self.folder_flag()
+        url = f'"${STORE_VARIABLE}"' if _has_password(self.store) else shlex.quote(self.store)
+        return f"{self.folder_flag()} --store {url}"
 
     @contextmanager
     def claim(self) -> Generator[None]:
@@ -103,6 +115,11 @@ class Home:
         except BlockingIOError:
             return True
         return False
+
+
+def _has_password(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.password is not None or "password" in parse_qs(parts.query)
 
 
 def _locked(file: IO[str]) -> bool:

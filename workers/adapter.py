@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from workers.adapter_config import CONFIG, lora_scaling, pattern_value, plain_targets, read_config
-from workers.factor_file import Pair, StoredFactors, keys_of, not_whole, pair_up
+from workers.factor_file import Pair, StoredFactors, keys_of, pair_up
 from workers.manifest import MANIFEST, CorruptFolder, file_digest, read_manifest
+from workers.shards import not_whole
 from workers.tensors import save_tensors
 from workers.types import BadInput
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The configuration at `path`; its `r` and `lora_alpha` are numbers. Raises BadInput."""
+    """The configuration at `path`; what is read of it is of the types that PEFT writes. Raises BadInput."""
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
@@ -46,10 +46,46 @@ def read_config(path: Path) -> dict[str, Any]:
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise BadInput(f"{path}: peft_type is {kind!r}; only LORA adapters are supported")
     _refuse_variants(path, config)
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float) or config[key] <= 0:
-            raise BadInput(f"{path}: '{key}' is {config.get(key)!r}; it must be a number above 0")
+    for key, (fits, words) in TYPES.items():
+        if not fits(config.get(key)):
+            raise BadInput(f"{path}: '{key}' is {config.get(key)!r}; it must be {words}")
+    for key in PATTERNS:
+        _refuse_broken(path, key, config.get(key) or {})
     return config
+
+
+def _above_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf
+
+
+def _by_name(value: Any) -> bool:
+    return not value or (isinstance(value, dict) and all(map(_above_zero, value.values())))
+
+
+def _names(value: Any) -> bool:
+    several = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    return several or value is None or isinstance(value, str)
+
+
+PATTERNS = ("rank_pattern", "alpha_pattern")
+TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("r", "lora_alpha"), (_above_zero, "a number above 0")),
+    **dict.fromkeys(PATTERNS, (_by_name, "an object, from module names to numbers above 0")),
+    "lora_dropout": (lambda x: not x or (_above_zero(x) and x <= 1), "a number from 0 to 1"),
+    "target_modules": (_names, "a name or a list of names"),
+    "base_model_name_or_path": (lambda x: x is None or isinstance(x, str), "a name"),
+}
+"""Key -> whether a value is of its type, and the words for that type."""
+
+
+def _refuse_broken(path: Path, key: str, pattern: Mapping[str, float]) -> None:
+    for name in pattern:
+        try:
+            re.compile(_ends_in(name))
+        except (re.error, RecursionError, OverflowError) as error:
+            raise BadInput(
+                f"{path}: '{name}' in {key} is not a regular expression ({error}); write the module's name"
+            ) from error
 
 
 def _refuse_variants(path: Path, config: Mapping[str, Any]) -> None:
@@ -68,9 +104,11 @@ def _refuse_variants(path: Path, config: Mapping[str, Any]) -> None:
 
 def pattern_value(pattern: Mapping[str, float] | None, name: str) -> float | None:
     """What PEFT finds for a module: the value of the first key (a regular expression) its name ends in."""
-    return next(
-        (value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), None
-    )
+    return next((value for key, value in (pattern or {}).items() if re.match(_ends_in(key), name)), None)
+
+
+def _ends_in(key: str) -> str:
+    return rf"(.*\.)?({key})$"
 
 
 def lora_scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:

@@ -21,6 +21,7 @@ from workers import beside, head, lora, varlen
 from workers.int8 import Int8, store
 from workers.memory import COPIES, keep_freed_memory
 from workers.ranks import Ranks
+from workers.rows import longest_row
 from workers.slots import Arithmetic, Slots
 from workers.types import BadInput, BaseSpec
 
@@ -45,7 +46,7 @@ class Base:
     @property
     def longest(self) -> int:
         """Most tokens a row may have."""
-        return int(getattr(self.model.config, "max_position_embeddings", 1 << 30))
+        return longest_row(self.model.config)
 
     @property
     def pad_id(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 
 from workers.budget import Knee
-from workers.memory import Peaks, adapter_room, forget_peak, limit_bytes, pass_room, worst
+from workers.memory import Peaks, adapter_room, limit_bytes, pass_room, worst
 from workers.ranks import Ranks
 from workers.types import BaseSpec, HostMeasured, MemoryModel
 
@@ -37,9 +37,11 @@ class Capacity:
         """Most tokens a pass may hold by the memory model."""
         self._failed: int | None = None
         """The same, by passes that did not fit."""
+        self._mistaken = False
+        """Whether a slot did not fit that was thought to."""
         self.memory: MemoryModel | None = None
-        forget_peak()
         self._peaks = Peaks(bytes_per_parameter)
+        self._peaks.begin()  # loading a base may take more than holding it
         self._peaks.seen(0, 0)
 
     @property
@@ -60,6 +62,10 @@ class Capacity:
         """Whether slots of so many parameters in all fit, as far as is known."""
         return self.memory is None or adapter_parameters <= self._room(self.memory)
 
+    def before_tick(self) -> None:
+        """Before the passes of a tick, whose peak of memory is measured."""
+        self._peaks.begin()
+
     def after_tick(
         self, tokens: int, largest_pass: int, seconds: float, adapter_parameters: int
     ) -> HostMeasured | None:
@@ -68,7 +74,14 @@ class Capacity:
         self._peaks.seen(largest_pass, adapter_parameters)
         settled = self._knee.fills(tokens) and self._measure_speed(tokens, seconds)
         due = self._ticks >= FIRST_REPORT and self._ticks & (self._ticks - 1) == 0
-        return self._measure_memory(adapter_parameters) if due or settled else None
+        if not (due or settled or self._mistaken):
+            return None
+        self._mistaken = False
+        return self._measure_memory(adapter_parameters)
+
+    def was_mistaken(self) -> None:
+        """A slot did not fit, by the allocator: memory is fitted and told anew after the next tick."""
+        self._mistaken = True
 
     def ran_out(self, tokens: int) -> None:
         """A pass of several chunks with `tokens` in all did not fit: later ones hold half."""

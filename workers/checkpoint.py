@@ -7,9 +7,11 @@ nothing else is needed to go on bit for bit. Never unpickles.
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +26,8 @@ from workers.manifest import MANIFEST, CorruptFolder, publish_folder, remove_scr
 from workers.tensors import save_tensors
 
 KEPT = 2
+ABANDONED_SECONDS = 3600.0
+"""A scratch folder without a write for so long has no writer; before, it may be another host's."""
 STEM = "step-"
 """What the names of checkpoints begin with."""
 OPTIMIZER = "optimizer.safetensors"
@@ -59,7 +63,7 @@ def save(folder: Path, checkpoint: Checkpoint, base_digest: str) -> Path:
     if final.exists() and _verifies(final):
         return final
     shutil.rmtree(final, ignore_errors=True)
-    with publish_folder(final, {"base_digest": base_digest, "step": checkpoint.progress.step}) as scratch:
+    with _published(final, {"base_digest": base_digest, "step": checkpoint.progress.step}) as scratch:
         write_adapter(checkpoint.adapter, scratch)
         save_tensors(checkpoint.optimizer, scratch / OPTIMIZER)
         (scratch / PROGRESS).write_text(json.dumps(asdict(checkpoint.progress)) + "\n")
@@ -74,10 +78,22 @@ def save_adapter(
     if final.exists() and _verifies(final):
         return
     shutil.rmtree(final, ignore_errors=True)
-    with publish_folder(final, {"base_digest": base_digest}) as scratch:
+    with _published(final, {"base_digest": base_digest}) as scratch:
         write_adapter(adapter, scratch)
         if grams:
             write_grams(grams, scratch)
+
+
+@contextmanager
+def _published(final: Path, extra: Mapping[str, Any]) -> Generator[Path]:
+    """`publish_folder`, done too if another writer was first: a host that was given up may write still."""
+    try:
+        with publish_folder(final, extra) as scratch:
+            yield scratch
+    except OSError as error:
+        taken = isinstance(error, FileExistsError) or error.errno == errno.ENOTEMPTY
+        if not (taken and _verifies(final)):
+            raise
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -111,10 +127,14 @@ def _verifies(path: Path) -> bool:
 
 
 def _prune(folder: Path) -> None:
-    good = [path for path in _newest_first(folder) if _verified(path)]
-    for path in good[KEPT:]:
-        shutil.rmtree(path, ignore_errors=True)
-    remove_scratch(folder)
+    """Also what a kill has left of a writer or of a removal: no torn step older than those kept is read."""
+    good = 0
+    for path in _newest_first(folder):
+        if good == KEPT:
+            shutil.rmtree(path, ignore_errors=True)
+        elif _verified(path):
+            good += 1
+    remove_scratch(folder, ABANDONED_SECONDS)
 
 
 def _verified(path: Path) -> bool:

@@ -56,7 +56,7 @@ def _in_place(tokenizer: Any, page: Rendered, answers: Sequence[str]) -> list[tu
     Nothing joins with a control token, so the last one before the answer is as far back as one must look.
     """
     span = page.spans[-1]
-    anchor = max(0, *(page.text.rfind(token, 0, span.start) for token in control_tokens(tokenizer)))
+    anchor = max((0, *(page.text.rfind(token, 0, span.start) for token in control_tokens(tokenizer))))
     lead, end = page.text[span.start : span.content], page.text[span.tail : span.stop]
     for answer in answers:
         refuse_control_tokens(tokenizer, answer, "the answer", page.where)

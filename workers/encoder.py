@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,16 @@ class Encoder:
             if out in self._cancelled:
                 return "internal_error", "cancelled"
             self._serving = out
+            if self._process is not None and self._process.poll() is not None:
+                self._end()  # it died while it had nothing to do
             self._process = self._process or _started(self._base)
             process = self._process
         line = _ask(process, _request(spec, out))
         with self._lock:
             self._serving = None
             if line.endswith("\n"):
+                if out in self._cancelled:
+                    self._end()  # killed, though it was done: no job after this one is to ask it
                 problem = json.loads(line)
                 return tuple(problem) if problem else None
             status = self._end()
@@ -74,8 +79,9 @@ class Encoder:
         if process is None:
             return None
         process.kill()
-        with process:  # closes the pipes
-            return process.wait()
+        with suppress(OSError), process:  # closes the pipes; what it has not read is lost
+            process.wait()
+        return process.returncode
 
 
 def _ask(process: subprocess.Popen[str], request: str) -> str:

@@ -6,10 +6,11 @@ Reports are the same on every rank and for any number of ranks.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +21,9 @@ from workers.ranks import Ranks
 from workers.reading import Reader
 from workers.score import Likelihood, can_share, likelihoods
 from workers.types import BadInput, EvaluationReport, EvaluationSpec
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,9 @@ def _evaluate(
     reader: Reader, tokenizer: Any, candidates: Sequence[Candidate]
 ) -> list[EvaluationReport | BadInput]:
     specs = dict.fromkeys(candidate.evaluation for candidate in candidates)
-    read = {spec: _agreed(reader, tokenizer, spec) for spec in specs}
+    share = can_share(reader.model)
+    found = [_made(lambda: read_questions(tokenizer, spec, share)) for spec in specs]  # noqa: B023
+    read = dict(zip(specs, _agreed(reader.ranks, found), strict=True))
     questions = [read[candidate.evaluation] for candidate in candidates]
     slots = [candidate.slot for candidate in candidates]
     passages = [asked.passages if isinstance(asked, Questions) else () for asked in questions]
@@ -74,25 +80,33 @@ def _evaluate(
         _asked(candidate, asked.dialogues if isinstance(asked, Questions) else ())
         for candidate, asked in zip(candidates, questions, strict=True)
     ]
-    replies = [_as_text(tokenizer, found) for found in greedy_replies(reader, prompts)]
-    return [
-        asked.report(own, said) if isinstance(asked, Questions) else asked
+    replies = greedy_replies(reader, prompts)
+    reports = [
+        _made(lambda: asked.report(own, _as_text(tokenizer, said)))  # noqa: B023
+        if isinstance(asked, Questions)
+        else asked
         for asked, own, said in zip(questions, scores, replies, strict=True)
     ]
+    return _agreed(reader.ranks, reports)
 
 
-def _agreed(reader: Reader, tokenizer: Any, spec: EvaluationSpec) -> Questions | BadInput:
-    """The questions, once every rank has them; what keeps one rank from them keeps all."""
-    questions, problem = None, ""
+def _made(make: Callable[[], T]) -> T | BadInput:
+    """What `make` makes, without collectives. Whatever one candidate brings along, the others are scored."""
     try:
-        questions = read_questions(tokenizer, spec, can_share(reader.model))
+        return make()
     except (BadInput, OSError) as error:
-        problem = str(error)
-    for found in reader.ranks.gather(problem):
-        if found:
-            return BadInput(found)
-    assert questions is not None
-    return questions
+        return BadInput(str(error) or type(error).__name__)
+    except Exception as error:
+        log.exception("a candidate cannot be scored")
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        return BadInput(f"it cannot be scored ({words}); correct the data of its task")
+
+
+def _agreed(ranks: Ranks, made: Sequence[T | BadInput]) -> list[T | BadInput]:
+    """Each thing, if every rank has made it; what keeps one rank from it keeps all."""
+    own = [str(one) if isinstance(one, BadInput) else "" for one in made]
+    problems = [next(filter(None, each), "") for each in zip(*ranks.gather(own), strict=True)]
+    return [BadInput(problem) if problem else one for one, problem in zip(made, problems, strict=True)]
 
 
 def _unless_diverged(asked: Questions | BadInput, scores: Sequence[Likelihood]) -> Questions | BadInput:

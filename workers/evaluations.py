@@ -69,6 +69,7 @@ class Evaluations:
                 self._base.adapters.free(slot)
                 break
             if own is None:
+                self._base.adapters.free(slot)  # of this rank, if another one refused
                 refused[folder] = BadInput(problem[1] if problem else "")
                 continue
             seated[folder], parameters = slot, parameters + own

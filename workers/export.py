@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from workers.fuse.report import REPORT
 from workers.manifest import (
     MANIFEST,
     SIGNATURE,
+    CorruptFolder,
     file_digest,
     folder_files,
     json_digest,
@@ -95,12 +97,21 @@ def export(task: ExportTask, tell: Tell = silent) -> dict[str, Any]:
             (scratch / BOM).write_text(_bill(task, contents, known))
     published = _published(out, contents, fresh)
     if task.signing_key and not (out / SIGNATURE).is_file():
-        sign(out, Path(task.signing_key))
+        _sign(out, Path(task.signing_key), fresh)
     return published | {
         "obstacles": [asdict(obstacle) for obstacle in found],
         "lost": lost(scored, adapter) if highest_rank(scored) > MOST and task.repair else 0.0,
         "commands": _commands(task, adapter, shlex.quote(_base_here(task, adapter))),
     }
+
+
+def _sign(out: Path, key: Path, fresh: bool) -> None:
+    try:
+        sign(out, key)
+    except BaseException:
+        if fresh:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 def _write_weights(
@@ -195,7 +206,9 @@ def _check_extra_names(task: ExportTask) -> None:
 
 def _published(out: Path, contents: dict[str, Any], fresh: bool) -> dict[str, Any]:
     """What lies in `out`. Bytes that were hashed on their way to the disk are not read again."""
-    manifest = read_manifest(out) if (out / MANIFEST).is_file() else {}
+    manifest: dict[str, Any] = {}
+    with suppress(CorruptFolder):
+        manifest = read_manifest(out)
     if any(manifest.get(key) != value for key, value in contents.items()):
         raise BadInput(f"{out} exists and is not this release; give another folder or remove it")
     files = (manifest if fresh else verify_folder(out))["files"]

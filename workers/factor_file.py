@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from workers.shards import DTYPES, write_growing
+from workers.shards import dtype_of, stored_entries, write_growing
 from workers.types import BadInput
 
 PREFIX = "base_model.model."
@@ -88,17 +88,8 @@ def write_factors(path: Path, modules: Sequence[str], factors: Iterable[tuple[st
     write_growing(path, room, tensors)
 
 
-def not_whole(path: Path, error: Exception) -> BadInput:
-    return BadInput(f"{path} is not a whole safetensors file ({error}); copy or save it again")
-
-
 def _described(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, "pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-            return {
-                key: torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
-                for key, part in slices.items()
-            }
-    except SafetensorError as error:
-        raise not_whole(path, error) from error
+    return {
+        key: torch.empty(shape, dtype=dtype_of(path, key, code), device="meta")
+        for key, (code, shape) in stored_entries(path).items()
+    }

@@ -12,6 +12,7 @@ DEFAULT = 120.0
 ORPHAN_VARIABLE = "CHORUS_HOST_ORPHAN_SECONDS"
 ORPHAN_DEFAULT = 3600.0
 LEAST = 1.0
+ROUND = 5.0
 
 
 def hang_seconds(environment: Mapping[str, str] = os.environ) -> float:
@@ -20,6 +21,12 @@ def hang_seconds(environment: Mapping[str, str] = os.environ) -> float:
     Raises BadInput for a value that is no number of seconds.
     """
     return _seconds(environment, VARIABLE, DEFAULT)
+
+
+def round_seconds() -> float:
+    """Longest wait of the peers in one collective while rank 0 alone does what may take minutes: a peer that
+    waits for long takes rank 0 for dead."""
+    return min(ROUND, hang_seconds() / 4)
 
 
 def orphan_seconds(environment: Mapping[str, str] = os.environ) -> float:

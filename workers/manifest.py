@@ -6,10 +6,12 @@ process boundary verify bytes with the same code.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,10 +62,10 @@ def publish_folder(
 
     A reader sees the whole folder or none. `extra` is stored in the manifest under its own keys; `known` may
     be filled while the folder is written, as in `folder_files`.
-    Raises FileExistsError if `final` exists: a published folder is never changed.
+    Raises FileExistsError if `final` exists, or comes meanwhile: a published folder is never changed.
     """
     if final.exists():
-        raise FileExistsError(f"{final} exists already; a published folder is never overwritten")
+        raise _taken(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     scratch = final.parent / f".{final.name}.{uuid4().hex}"
     scratch.mkdir()
@@ -72,19 +74,42 @@ def publish_folder(
         manifest = {**(extra or {}), "files": folder_files(scratch, known)}
         (scratch / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
         _fsync_tree(scratch)
-        scratch.rename(final)
+        _rename(scratch, final)
         _fsync(final.parent)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a published folder. Raises CorruptFolder if it is missing or unreadable."""
+def _rename(scratch: Path, final: Path) -> None:
     try:
-        return json.loads((folder / MANIFEST).read_text())
+        scratch.rename(final)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise _taken(final) from error
+
+
+def _taken(final: Path) -> FileExistsError:
+    return FileExistsError(f"{final} exists already; a published folder is never overwritten")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a published folder. Raises CorruptFolder if there is none, or of something else."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise CorruptFolder(f"{folder} has no readable {MANIFEST}: {error}") from error
+    if not _lists_digests(manifest):
+        raise CorruptFolder(f"{folder / MANIFEST} lists no files with their digests: it is of something else")
+    return manifest
+
+
+def _lists_digests(manifest: Any) -> bool:
+    try:
+        return all(entry["sha256"] for entry in manifest["files"].values())
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 def verify_folder(folder: Path) -> dict[str, Any]:
@@ -117,11 +142,22 @@ def files_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
     return json_digest({name: entry["sha256"] for name, entry in files.items()})
 
 
-def remove_scratch(parent: Path) -> None:
-    """Remove what a killed writer left beside published folders."""
+def remove_scratch(parent: Path, abandoned_seconds: float = 0.0) -> None:
+    """Remove what a killed writer left beside published folders.
+
+    Where others may be writing just now, only that in which nothing was written for `abandoned_seconds`.
+    """
     for path in parent.glob(".*.*"):
-        if path.is_dir() and len(path.suffix) == 33:
+        if path.is_dir() and len(path.suffix) == 33 and _age(path) >= abandoned_seconds:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _age(folder: Path) -> float:
+    """Seconds since anything in it was written; none if it goes away meanwhile."""
+    try:
+        return max(0.0, time.time() - max(path.stat().st_mtime for path in (folder, *folder.rglob("*"))))
+    except OSError:
+        return 0.0
 
 
 def _fsync_tree(folder: Path) -> None:

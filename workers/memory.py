@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,17 +34,31 @@ MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 @dataclass
 class Peaks:
-    """Peaks of this rank since its base was loaded, against the largest pass so far."""
+    """Peaks of this rank in the ticks since its base was loaded, against the largest pass so far."""
 
     bytes_per_parameter: int
     samples: dict[int, int] = field(default_factory=dict[int, int])
-    """Tokens of the largest pass so far -> highest peak so far, less the slots' bytes. 0: as loaded."""
+    """Tokens of the largest pass so far -> highest peak of a tick with such a pass, less the bytes of the
+    slots that were there in that tick. 0: as loaded."""
+    _before: int = 0
+    """The peak when the tick began."""
+
+    def begin(self) -> None:
+        """Before a tick's passes: what others held, who may have left, is no part of its peak."""
+        forget_peak()
+        self._before = peak_bytes()
 
     def seen(self, tokens: int, adapter_parameters: int) -> None:
-        """After passes of up to `tokens` padded tokens beside slots of `adapter_parameters` in all."""
-        peak = peak_bytes() if tokens >= max(self.samples, default=0) else 0
-        if peak:  # a system that does not tell has no model
-            self.samples[tokens] = peak - self.bytes_per_parameter * adapter_parameters
+        """After passes of up to `tokens` padded tokens beside slots of `adapter_parameters` in all.
+
+        A resident set keeps what former ticks have freed, and a peak may not be forgotten: a tick that holds
+        no more than was held before it tells nothing, unless its passes are larger than all before.
+        """
+        most, peak = max(self.samples, default=-1), peak_bytes()
+        if not peak or tokens < most or (tokens == most and peak <= self._before):
+            return  # a system that does not tell has no model
+        own = peak - self.bytes_per_parameter * adapter_parameters
+        self.samples[tokens] = max(own, self.samples.get(tokens, own))
 
     def fit(self, limit_bytes: int) -> MemoryModel | None:
         """None before any pass was seen."""
@@ -100,11 +115,11 @@ def peak_bytes() -> int:
 
 
 def forget_peak() -> None:
-    """Begin to measure peaks anew: loading a base may take more than holding it."""
+    """Begin to measure peaks anew: from what is held now."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
-    # Where the kernel refuses, the peak of loading stays in the model, which then promises too little.
+    # Where the kernel refuses, a higher peak of before stays in the model, which then promises too little.
     with contextlib.suppress(OSError):
         CLEAR_REFS.write_text("5")
 
@@ -130,29 +145,40 @@ def limit_bytes(sharers: int) -> int:
 
 
 def free_bytes() -> int:
-    """Of this machine's main memory, or of the control group's if that is less."""
+    """Of this machine's main memory, or of the control group's if that is less.
+
+    Of the files that a group has in the page cache those not in use are free, as they are to the kubelet: the
+    kernel lets go of them before anything fails. (A group's usage counts them, `MemAvailable` does not.)
+    """
     found = [_kib(MEMINFO, "MemAvailable")]
-    for most, used in (
-        (CGROUP / "memory.max", CGROUP / "memory.current"),
-        (CGROUP / "memory/memory.limit_in_bytes", CGROUP / "memory/memory.usage_in_bytes"),
+    for folder, most, used, cache in (
+        (CGROUP, "memory.max", "memory.current", "inactive_file"),
+        (CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        if most.is_file() and (text := most.read_text().strip()).isdigit():
-            found.append(int(text) - int(used.read_text()))
+        if (folder / most).is_file() and (text := (folder / most).read_text().strip()).isdigit():
+            held = int((folder / used).read_text()) - _figure(folder / "memory.stat", cache)
+            found.append(int(text) - max(0, held))
     return max(0, min(found))
 
 
 def _kib(path: Path, key: str) -> int:
-    """The bytes in a line like `VmHWM:  1024 kB`; 0 where the system has no such file."""
-    if not path.is_file():
-        return 0
-    line = next((line for line in path.read_text().splitlines() if line.startswith(f"{key}:")), None)
-    return int(line.split()[1]) * 1024 if line else 0
+    """The bytes in a line like `VmHWM:  1024 kB`."""
+    return _figure(path, f"{key}:") * 1024
+
+
+def _figure(path: Path, key: str) -> int:
+    """The number behind a word that begins a line; 0 where the system has no such file, or no such line."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [key]), 0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: torch's error on a GPU, Python's, or the CPU allocator's plain one."""
+    """Whether an allocation failed: torch's error on a GPU, Python's, the kernel's (of an arena), or the CPU
+    allocator's plain one."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(
         words in str(error) for words in ("can't allocate memory", "not enough memory")
     )

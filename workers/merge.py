@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -21,7 +20,7 @@ from workers.adapter import Adapter
 from workers.fuse.basis import one_thread
 from workers.manifest import file_digest
 from workers.progress import Tell, silent
-from workers.shards import Block, Entry, StoredShard, write_shard
+from workers.shards import Block, Entry, StoredShard, stored_entries, write_shard
 from workers.types import BadInput
 
 SINGLE = "model.safetensors"
@@ -35,11 +34,9 @@ ELEMENTS_AT_ONCE = 1 << 18
 def weight_map(base: Path) -> dict[str, Path]:
     """Tensor name -> the shard that holds it. Raises BadInput if the base is not whole or not safetensors."""
     if (base / INDEX).is_file():
-        shards: dict[str, str] = json.loads((base / INDEX).read_text())["weight_map"]
-        found = {name: base / shard for name, shard in shards.items()}
+        found = {name: base / shard for name, shard in _index(base / INDEX).items()}
     elif (base / SINGLE).is_file():
-        with safe_open(base / SINGLE, "pt") as shard:
-            found = dict.fromkeys(shard.keys(), base / SINGLE)
+        found = dict.fromkeys(stored_entries(base / SINGLE), base / SINGLE)
     else:
         raise BadInput(f"{base} holds no {SINGLE}; save the base with safe_serialization=True")
     for path in sorted(set(found.values())):
@@ -48,17 +45,30 @@ def weight_map(base: Path) -> dict[str, Path]:
     return found
 
 
+def _index(path: Path) -> dict[str, str]:
+    try:
+        shards = json.loads(path.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError):
+        shards = None
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise BadInput(f"{path} does not say which file holds which weight; copy or download the base again")
+    return shards
+
+
 def check_fit(adapter: Adapter, base: Path) -> None:
     """Raises BadInput naming the first module that the base does not have, or has in another shape.
 
     A server may load such an adapter without a word and serve the base.
     """
     shards = weight_map(base)
+    sources = {module: _source(module, shards, base) for module in adapter.factors}
+    stored = {path: stored_entries(path) for path in {shards[weight] for weight in sources.values()}}
     for module, (a, b) in adapter.factors.items():
-        weight = _source(module, shards, base)
-        with safe_open(shards[weight], "pt") as shard:
-            piece = shard.get_slice(weight)
-            shape, dtype = tuple(piece.get_shape()), piece.get_dtype()
+        weight = sources[module]
+        path = shards[weight]
+        if weight not in stored[path]:
+            raise BadInput(f"{path} lacks '{weight}', which {INDEX} names; copy or download the base again")
+        dtype, shape = stored[path][weight]
         if shape != (b.shape[0], a.shape[1]):
             raise BadInput(
                 f"module '{module}' is {b.shape[0]} x {a.shape[1]} in the adapter but its weight is "

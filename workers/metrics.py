@@ -66,12 +66,13 @@ def confusion(
 def ranking_rows(scores: Sequence[Sequence[float]], targets: Sequence[int]) -> dict[str, list[float]]:
     """Hit@1, NDCG@5 and reciprocal rank of each row; `targets[i]` is the right index of `scores[i]`.
 
-    With one right answer a row, its average precision is its reciprocal rank.
+    With one right answer a row, its average precision is its reciprocal rank. A lone candidate is right.
     """
     found: dict[str, list[float]] = {"hit_at_1": [], "ndcg_at_5": [], "mrr": []}
     for row, target in zip(scores, targets, strict=True):
         preds, relevant = np.array([row]), np.arange(len(row))[None] == target
         found["hit_at_1"].append(float(preds.argmax() == target))
-        found["ndcg_at_5"].append(float(ndcg_score(relevant, preds, k=5)))
+        # scikit-learn takes no row of one, whose right answer has the first place.
+        found["ndcg_at_5"].append(float(ndcg_score(relevant, preds, k=5)) if len(row) > 1 else 1.0)
         found["mrr"].append(float(label_ranking_average_precision_score(relevant, preds)))
     return found

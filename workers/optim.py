@@ -1,7 +1,7 @@
 """One job's own optimizer: AdamW, learning-rate schedule, clipping, and whether a step is finite.
 
 torch's AdamW on the slot's one flat buffer and transformers' schedules, one instance a job, so that no job's
-hyper-parameters, norm or state can touch another's. On a GPU nothing here waits for the device.
+hyper-parameters, norm or state can touch another's. In fused arithmetic nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class JobOptimizer:
         norm = nn.utils.get_total_norm([grad for grad in grads if grad is not None])
         if self.training.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_([self.slot.weights], self.training.max_grad_norm, norm)
-        if norm.is_cuda:
-            # The fused kernel leaves everything as it was where this says 1.
+        if self.slot.fused:
+            # The fused kernel leaves everything as it was where this says 1; the others refuse it.
             self.adamw.found_inf = (~norm.isfinite()).float()
             self.adamw.step()
         elif math.isfinite(norm):

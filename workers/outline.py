@@ -83,11 +83,26 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             entries = json.loads(file.read(length))
         except ValueError as error:
             raise BadInput(f"{path} is not a safetensors file: its header is not JSON") from error
+    if not isinstance(entries, dict):
+        raise BadInput(f"{path} is not a safetensors file: its header is no object")
     entries.pop("__metadata__", None)
+    for name, entry in entries.items():
+        if not _is_entry(entry):
+            raise BadInput(f"{path} is not a safetensors file: its header does not say where '{name}' lies")
     end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if size != 8 + length + end:
         raise BadInput(f"{path} is not a whole safetensors file; copy or save it again")
     return entries, 8 + length
+
+
+def _is_entry(entry: Any) -> bool:
+    def whole(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(x, int) and x >= 0 for x in value)
+
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    offsets = entry.get("data_offsets")
+    return whole(entry.get("shape")) and whole(offsets) and len(offsets) == 2
 
 
 def base_shapes(folder: Path) -> dict[str, Shape]:
@@ -119,6 +134,9 @@ def _paired(entries: Mapping[str, Any]) -> dict[str, dict[str, Shape]]:
             raise BadInput(
                 f"tensor '{key}' ({entry['dtype']} {entry['shape']}) is no factor of a linear layer"
             )
+        first, last = entry["data_offsets"]
+        if last - first != WIDTHS[entry["dtype"]] * math.prod(entry["shape"]):
+            raise BadInput(f"tensor '{key}' ({entry['dtype']} {entry['shape']}) has {last - first} bytes")
         sides[match[1]][match[2]] = tuple(entry["shape"])
     if not sides:
         raise BadInput(f"{WEIGHTS} holds no tensor")

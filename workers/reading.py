@@ -17,6 +17,7 @@ import torch
 
 from workers.lora import Adapters, Segment
 from workers.ranks import Ranks
+from workers.rows import longest_row
 
 Key = TypeVar("Key", bound=Hashable)
 Found = TypeVar("Found")
@@ -36,7 +37,7 @@ class Reader:
     @property
     def longest(self) -> int:
         """Most tokens a row may have."""
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+        return longest_row(self.model.config)
 
     @contextmanager
     def seeing(self, chunks: Sequence[Chunk]) -> Generator[None]:

@@ -22,6 +22,7 @@ from workers.compose import Chunk, Lesson, cut_step, cut_step_end_to_end
 from workers.encoded import Encoded, cannot_start, encode, sources
 from workers.head import returns_logits_as_they_are
 from workers.manifest import CorruptFolder, verify_folder
+from workers.memory import is_out_of_memory
 from workers.optim import JobOptimizer
 from workers.order import batch_samples, num_steps, steps_per_epoch
 from workers.ranks import Ranks
@@ -209,13 +210,15 @@ def settle(
 
     `teachers` are slots, one for each adapter of a distillation that is to be read; `encoded` is the data if
     it has been read already. Raises BadInput for data or hyper-parameters that cannot be used, CorruptFolder
-    for a torn checkpoint.
+    for a torn checkpoint, and what an allocator raises as it is.
     """
     try:
         return _settle(base, spec, slot, teachers, resume_from, encoded)
     except (BadInput, CorruptFolder, OSError):
         raise
     except Exception as error:  # whatever one job brings along, the others stay resident
+        if is_out_of_memory(error):
+            raise
         log.exception("%s cannot be made resident", spec.job)
         raise cannot_start(error) from error
 

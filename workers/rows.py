@@ -37,6 +37,11 @@ class Row:
     labels: tuple[int, ...]
 
 
+def longest_row(config: Any) -> int:
+    """Most tokens a row may have on a model of this Hugging Face configuration: its text part says so."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", 1 << 30))
+
+
 def dataset_file(spec: DatasetSpec) -> Path:
     """The .jsonl file of a split. Raises BadInput if it is not there."""
     path = Path(spec.path)

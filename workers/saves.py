@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from workers.disk import Problem, written
+from workers.hang import round_seconds
 from workers.ranks import Ranks
 from workers.types import CheckpointSaved, TrainingFinished
 
 Told = CheckpointSaved | TrainingFinished
-ROUND_SECONDS = 5.0
-"""Longest wait of the peers in one collective: an object store may take minutes, and a peer that waits for
-long takes rank 0 for dead."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ class Saves:
         """
         least = max((n for n, save in enumerate(self._under_way, 1) if wait_for(save.event)), default=0)
         asked = [save.outcome for save in self._under_way if save.outcome is not None]
-        wait(asked[:least], max(0.0, min(ROUND_SECONDS, until - time.monotonic())))
+        wait(asked[:least], max(0.0, min(round_seconds(), until - time.monotonic())))
         outcomes = [outcome.result() for outcome in takewhile(Future.done, asked)]
         return outcomes, len(outcomes) < least and time.monotonic() < until
 

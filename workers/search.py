@@ -178,20 +178,29 @@ def read_table(spec: SearchSpec) -> Search:
     file, found = Path(spec.trials_dir) / TRIALS, Search(spec)
     if not file.is_file():
         return found
-    for line in file.read_text().splitlines():
+    for line in file.read_text(errors="replace").splitlines():
         try:
             value = json.loads(line)
         except ValueError:
             logging.getLogger(__name__).warning("%s: a torn line is done again", file)
             break
-        if "parents" in value:
-            found.parents = value["parents"]
-            continue
-        if value["number"] != len(found.trials):
-            raise BadInput(f"{file} is not the table of one search; remove it")
-        value["weights"] = tuple(tuple(group) for group in value["weights"])
-        found.trials.append(Trial(**value))
+        try:
+            _take_up(found, value)
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadInput(f"{file} is not the table of this search; remove it") from error
     return found
+
+
+def _take_up(search: Search, value: Any) -> None:
+    """One line of the table. Raises KeyError, TypeError or ValueError for a line of something else."""
+    if "parents" in value:
+        search.parents = {key_of(task): float(value["parents"][key_of(task)]) for task in search.spec.tasks}
+        return
+    trial = Trial(**{**value, "weights": tuple(tuple(group) for group in value["weights"])})
+    groups, adapters = max(1, len(search.spec.groups)), len(search.spec.plan.adapter_dirs)
+    if trial.number != len(search.trials) or [len(group) for group in trial.weights] != [adapters] * groups:
+        raise ValueError(trial)
+    search.trials.append(trial)
 
 
 def write_table(search: Search) -> None:

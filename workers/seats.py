@@ -75,12 +75,22 @@ class Seats:
         readers = len(spec.distill.teachers) if spec.distill and spec.distill.labels < 1 else 0
         teachers = tuple(next(self._slots) for _ in range(readers))
         resident, problem = on_all(self._ranks, lambda: self._settle(spec, slot, teachers, prepared))
-        problem = problem or self._too_large(resident)
+        problem = self._unforeseen(problem) if problem else self._too_large(resident)
         if problem:
             self._free(slot, *teachers)
             return JobStopped(spec.job, spec.attempt, 0, *problem)
         self.residents[spec.job] = resident
         return resident
+
+    def _unforeseen(self, problem: Problem) -> Problem:
+        """A job whose slot could not be had waits, unless it had the host to itself."""
+        code, words = problem
+        if code != "out_of_memory":
+            return problem
+        self._capacity.was_mistaken()
+        if not self.residents:
+            return code, f"it does not fit in the memory of this host: {words}"
+        return "waits_for_memory", f"it does not fit beside the host's other residents: {words}"
 
     def _settle(self, spec: JobSpec, slot: int, teachers: tuple[int, ...], prepared: Prepared) -> Resident:
         encoded = read(prepared.rows, len(sources(spec))) if prepared.rows else None

@@ -22,8 +22,10 @@ from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from workers.types import BadInput
 
 CODES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"},
@@ -173,17 +175,36 @@ def _header(entries: Mapping[str, Entry], room: int = 0) -> bytes:
 # ---- reading --------------------------------------------------------------------------------------------
 
 
+def stored_entries(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Tensor -> its dtype, in the format's words, and its shape. Raises BadInput if the file is not whole."""
+    try:
+        with safe_open(path, "pt") as file:
+            pieces = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            return {name: (piece.get_dtype(), tuple(piece.get_shape())) for name, piece in pieces.items()}
+    except SafetensorError as error:
+        raise not_whole(path, error) from error
+
+
+def not_whole(path: Path, error: Exception) -> BadInput:
+    return BadInput(f"{path} is not a whole safetensors file ({error}); copy or save it again")
+
+
+def dtype_of(path: Path, name: str, code: str) -> torch.dtype:
+    """Raises BadInput naming the tensor if numbers of that kind are not computed with."""
+    if code not in DTYPES:
+        raise BadInput(f"{path}: tensor '{name}' is stored as {code}; save it in 16 bits or more")
+    return DTYPES[code]
+
+
 class StoredShard:
     """A file of a base, read in blocks without being mapped: what was read stays nobody's memory."""
 
     def __init__(self, path: Path) -> None:
-        """Raises SafetensorError for a file that is not whole."""
-        with safe_open(path, "pt") as checked:
-            pieces = {name: checked.get_slice(name) for name in checked.keys()}  # noqa: SIM118
-            self.entries = {
-                name: Entry(tuple(piece.get_shape()), DTYPES[piece.get_dtype()])
-                for name, piece in pieces.items()
-            }
+        """Raises BadInput for a file that is not whole, or a tensor of a kind that is not known."""
+        self.entries = {
+            name: Entry(shape, dtype_of(path, name, code))
+            for name, (code, shape) in stored_entries(path).items()
+        }
         self._path = path
         self._file = path.open("rb", buffering=0)
         self._begins = self._read_begins()

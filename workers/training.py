@@ -36,15 +36,15 @@ class Training:
             self._capacity.tokens_per_pass,
         )
         self._seats.credit = dict(composition.credit)
+        self._capacity.before_tick()
         parameters, started = self._seats.adapter_parameters, time.monotonic()
         for micro_batch in composition.micro_batches:
             if not self._run(micro_batch):
-                return self._ran_out(micro_batch)
+                return [*self._ran_out(micro_batch), *self._end_steps()]
         if self._capacity.calibrating and self._base.device.type == "cuda":
             torch.cuda.synchronize()  # else the clock would time the queueing alone
         seconds = time.monotonic() - started
-        complete = [resident for resident in self._seats.residents.values() if not resident.chunks]
-        events = self._end_steps(complete)
+        events = self._end_steps()
         largest = max(micro_batch.tokens for micro_batch in composition.micro_batches)
         measured = self._capacity.after_tick(composition.tokens, largest, seconds, parameters)
         return [*events, measured] if measured else events
@@ -88,7 +88,9 @@ class Training:
 
     # -- steps -----------------------------------------------------------------------------------------
 
-    def _end_steps(self, complete: list[Resident]) -> list[Event]:
+    def _end_steps(self) -> list[Event]:
+        """The step of every job whose last chunk has run; between two ticks every resident has chunks."""
+        complete = [resident for resident in self._seats.residents.values() if not resident.chunks]
         if not complete:
             return []
         losses = torch.stack([resident.loss_on(self._base.device) for resident in complete])
@@ -103,7 +105,9 @@ class Training:
         # The tick's one look at the device: everything before it is queued there.
         figures = torch.stack([losses.double(), norms.double()]).tolist()
         for resident, loss, norm in zip(complete, *figures, strict=True):
-            events += self._end_step(resident, loss, norm)
+            # Waiting for what one saves may tell that another could not save: that one is stopped already.
+            if resident.spec.job in self._seats.residents:
+                events += self._end_step(resident, loss, norm)
         return events
 
     def _end_step(self, resident: Resident, loss: float, grad_norm: float) -> list[Event]:

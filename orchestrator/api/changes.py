@@ -17,8 +17,9 @@ from workers.types import BadInput
 
 def change(
     store: Store, home: Home, jobs: Sequence[JobRow], kind: RequestKind, who: str, value: Any = None
-) -> bool:
-    """Whether it is done; False if the one at work was asked, here or in another home of this store.
+) -> tuple[list[str], bool]:
+    """Which of the jobs are not finished, and whether it is done: False if the one at work was asked, here or
+    in another home of this store.
 
     `jobs` in the order of their run.
     """
@@ -30,10 +31,13 @@ def change(
         except HomeBusy:
             for job in jobs:
                 store.request(job.id, kind, who, value)
-            return False
-        for job in reversed(jobs):
+            return [job.id for job in jobs], False
+        # Read again: who worked here until now may have ended some.
+        found = [store.job(job.id) for job in jobs]
+        unfinished = [job for job in found if not job.status.finished]
+        for job in reversed(unfinished):
             _do(store, job, kind, who, value)
-        return True
+        return [job.id for job in unfinished], True
 
 
 def priority_of(text: str) -> int:

@@ -50,6 +50,10 @@ class RemoteService:
     def flag(self) -> str:
         return f" --server {self._url}"
 
+    @property
+    def folder_flag(self) -> None:
+        return None
+
     def at_work(self) -> bool:
         return self._get("")["at_work"]
 

@@ -7,6 +7,8 @@ import errno
 from orchestrator.disk import is_full
 
 OK, INTERNAL, USAGE, REFUSED, UNREACHABLE = 0, 1, 2, 3, 4
+NO_RIGHT = "42501"
+"""PostgreSQL's code for what a role may not do."""
 FAILED, UNFINISHED, NOT_FOUND, CANCELLED, INTERRUPTED = 100, 101, 102, 103, 130
 
 
@@ -83,14 +85,27 @@ def _explain_os(error: OSError) -> tuple[int, str]:
 
 
 def _explain_sql(error: BaseException) -> tuple[int, str] | None:
-    """The database's own words for a full disk, a file that cannot be opened, a server that is away."""
-    from sqlalchemy.exc import OperationalError
+    """The database's own words for a right that lacks, a full disk, a file that cannot be opened."""
+    from sqlalchemy.exc import OperationalError, ProgrammingError
 
+    if isinstance(error, ProgrammingError) and getattr(error.orig, "sqlstate", "") == NO_RIGHT:
+        return UNREACHABLE, _lacking(str(error.orig))
     if not isinstance(error, OperationalError):
         return None
     if is_full(error):
         return INTERNAL, "the disk of this home takes no more; free some space and run the same command again"
     return INTERNAL, f"the database of this home cannot be used: {_one_line(error.orig or error)}"
+
+
+def _lacking(words: str) -> str:
+    """What an owner must grant the role that PostgreSQL refused with these words."""
+    of_tables = ("ALL ON ALL TABLES IN SCHEMA public", "ALL ON ALL SEQUENCES IN SCHEMA public")
+    lacks = ("USAGE, CREATE ON SCHEMA public",) if "for schema" in words else of_tables
+    grants = "; ".join(f"GRANT {what} TO ROLE" for what in lacks)
+    return (
+        f"PostgreSQL does not let the role of this store do that ({words.splitlines()[0]}); have an owner of "
+        f"the database run `{grants}`, with the role's name"
+    )
 
 
 def _one_line(error: BaseException) -> str:

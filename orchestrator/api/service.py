@@ -49,6 +49,11 @@ class Service(Protocol):
         """How a command is told of this place; empty for the default home."""
         ...
 
+    @property
+    def folder_flag(self) -> str | None:
+        """The same for one that works in the home's folder alone; None where that is not this machine's."""
+        ...
+
     def at_work(self) -> bool:
         """Whether a controller works there, or on the same store from another home."""
         ...
@@ -126,6 +131,10 @@ class HomeService:
     def flag(self) -> str:
         return self._home.flag()
 
+    @property
+    def folder_flag(self) -> str:
+        return self._home.folder_flag()
+
     def at_work(self) -> bool:
         return self._home.claimed() or (
             self._home.has_store and works_elsewhere(self._store, self._home.folder)
@@ -197,8 +206,8 @@ class HomeService:
 
     def change(self, reference: str, kind: RequestKind, value: Any = None) -> Value:
         jobs = [job for job in find_jobs(self._kept, reference) if not job.status.finished]
-        done = not jobs or change(self._store, self._home, jobs, kind, self._who, value)
-        return {"jobs": [job.id for job in jobs], "done": done}
+        changed, done = change(self._store, self._home, jobs, kind, self._who, value) if jobs else ([], True)
+        return {"jobs": changed, "done": done}
 
 
 def caller() -> str:

@@ -152,6 +152,7 @@ def _marked(key: str, values: Sequence[float | None]) -> list[str]:
 def promote(parts: Parts, home: Home, name: str, ref: str, out: Console) -> None:
     """Make a version champion if it meets its gates now. Raises Refused saying by how much it does not."""
     with parts.registry(home) as registry:
+        registry.finish_move(name)
         version = registry.version(name, ref)
         label = f"{name}/{version.version}"
         champion = champion_of(registry, name)
@@ -175,8 +176,13 @@ def _base_folder(parts: Parts, home: Home, version: AdapterVersion) -> Path | No
 
 
 def rollback(parts: Parts, home: Home, name: str, out: Console) -> None:
-    """Make the previous champion champion again."""
+    """Make the previous champion champion again; given again, it does not put the other one back."""
     with parts.registry(home) as registry:
         present = champion_of(registry, name)
-        champion = registry.rollback(name, present.version if present else None, "chorus rollback")
-    out.print(f"{name}/{champion.version} is champion of {name} again", soft_wrap=True)
+        left = present.version if present else None
+        last = next(reversed(registry.history(name)), None)
+        if last is not None and last.kind == "rollback" and last.target == left:
+            left = last.source  # asked again, of the same champion: the registry ends it, or moves nothing
+        champion = registry.rollback(name, left, "chorus rollback")
+    undo = f"`chorus promote {name} {left}{home.flag()}` undoes it"
+    out.print(f"{name}/{champion.version} is champion of {name} again; {undo}", soft_wrap=True)

@@ -24,7 +24,7 @@ def api(parts: Parts, home: Home, host: str, port: int, out: Console) -> int:
     from orchestrator.api.http import Desk, make_app
 
     if not tokens.any_granted(home.folder):
-        raise BadInput(f"nobody could ask: make a token first, by `chorus token NAME{home.flag()}`")
+        raise BadInput(f"nobody could ask: make a token first, by `chorus token NAME{home.folder_flag()}`")
     with _listening(host, port) as listener, parts.store(home) as store:
         app = make_app(
             Desk(

@@ -33,10 +33,15 @@ def label(version: AdapterVersion) -> str:
 
 
 def verify(parts: Parts, home: Home, name: str | None, format: Format) -> int:
-    """Check every stored byte, tag and alias; how many things are not as they were made."""
+    """Check every stored byte, tag and alias; how many things are not as they were made.
+
+    Raises NoSuchVersion for a name of which nothing is known, be it deleted.
+    """
     with parts.registry(home) as registry:
         versions = registry.versions(name)
         problems = registry.audit(name)
+    if name is not None and not versions and not problems:
+        raise NoSuchVersion(f"no adapter is registered as {name}")
 
     def table(out: Console) -> None:
         for problem in problems:

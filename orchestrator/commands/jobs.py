@@ -88,7 +88,7 @@ def _print_job(out: Console, job: Value) -> None:
 def _print_run(out: Console, run: Value, service: Service) -> None:
     out.print(f"{run['id']} {run['status']}, submitted {moment(run['submitted_at'])}")
     _print_jobs(out, run["jobs"], service)
-    show_outcome(out, run["jobs"], read_outcome(run["outcome"]), service.flag)
+    show_outcome(out, run["jobs"], read_outcome(run["outcome"]), service.folder_flag)
 
 
 # ---- logs -----------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from orchestrator.job import Reason, Status
 SCORE_COLUMNS = ("task", "metric", "base", "adapter", "fused", "retention")
 
 
-def show_outcome(out: Console, jobs: Sequence[Value], found: Outcome, flag: str) -> None:
-    """Print what the jobs have made so far. `flag` names the place to a command."""
+def show_outcome(out: Console, jobs: Sequence[Value], found: Outcome, folder_flag: str | None) -> None:
+    """Print what the jobs have made so far. `folder_flag` as in `Service`."""
     made = {version.job: version for version in found.versions}
     out.print()
     for job in jobs:
@@ -32,8 +32,8 @@ def show_outcome(out: Console, jobs: Sequence[Value], found: Outcome, flag: str)
     for release in found.releases:
         kind = "merged model" if release.merged else "adapter"
         out.print(f"release: {kind} {release.name} in {_near(release.out_dir)}", soft_wrap=True)
-    if found.versions:
-        out.print(f"to open MLflow: {_command()} ui{flag}", soft_wrap=True)
+    if found.versions and folder_flag is not None:
+        out.print(f"to open MLflow: {_command()} ui{folder_flag}", soft_wrap=True)
 
 
 def score_table(scores: Sequence[Score]) -> Table:

@@ -25,22 +25,24 @@ def promote(
     name: RegisteredName,
     version: Annotated[str, typer.Argument(help="Its number, or an alias like candidate.")],
     home: HomeFolder = DEFAULT_HOME,
+    store: StoreUrl = None,
 ) -> None:
     """Make a version champion if it meets its gates."""
     from orchestrator.commands.adapters import promote as body
 
-    body(ctx.obj, home_of(home), name, version, console())
+    body(ctx.obj, home_of(home, store), name, version, console())
 
 
 def rollback(
     ctx: typer.Context,
     name: RegisteredName,
     home: HomeFolder = DEFAULT_HOME,
+    store: StoreUrl = None,
 ) -> None:
     """Make the previous champion champion again."""
     from orchestrator.commands.adapters import rollback as body
 
-    body(ctx.obj, home_of(home), name, console())
+    body(ctx.obj, home_of(home, store), name, console())
 
 
 def fuse(

@@ -135,7 +135,7 @@ def _watch(store: Store, run: str, home: Home, out: Console) -> None:
 def _conclude(store: Store, run_id: str, options: RunOptions, out: Console) -> int:
     jobs = store.jobs(run_id)
     views = [job_view(job) for job in jobs]
-    show_outcome(out, views, outcome(store, jobs), options.home.flag())
+    show_outcome(out, views, outcome(store, jobs), options.home.folder_flag())
     for job in jobs:
         if job.status is not Status.SUCCEEDED:
             out.print(f"{job.name} {job.status}: {why(job)}", soft_wrap=True)

@@ -18,13 +18,14 @@ from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from orchestrator.contracts import Cluster, ClusterUnreachable, Registry, RegistryUnreachable
+from orchestrator.contracts import Cluster, ClusterUnreachable, NoSuchVersion, Registry, RegistryUnreachable
 from orchestrator.control import picture
 from orchestrator.control.adoption import adopt
 from orchestrator.control.curve_export import Backoff, CurveExport
 from orchestrator.control.errands import Errands, Start, on_a_thread
 from orchestrator.control.host_events import hear
 from orchestrator.control.ledger import LostFolder
+from orchestrator.control.pace import TICK_SECONDS, Pace
 from orchestrator.control.registration import GateFailed, Registration
 from orchestrator.control.requests import grant
 from orchestrator.control.show import Board
@@ -43,9 +44,6 @@ from orchestrator.store.store import Store
 from orchestrator.who import user_at_machine
 from workers.types import BadInput, CheckpointsAway, Superseded
 
-TICK_SECONDS = 0.1
-CALM_SECONDS, CALM_AFTER = 0.5, 1.0
-"""While hosts only step, a round is made so often; once nothing else has happened for so long."""
 DECIDE_SECONDS = 1.0
 """What depends on the clock alone (waits, shares, idle hosts) is looked at so often."""
 LET_GO_SECONDS = 30.0
@@ -82,7 +80,8 @@ class Controller:
         self._steps = Steps(work, registration, self._errands, self._backoff, self._guard)
         self._policy = PolicyFile(home / "teams.yaml")
         self._board = Board(work, home)
-        self._decided_at = self._changed_at = float("-inf")
+        self._pace = Pace(clock)
+        self._decided_at = float("-inf")
         self._redone: set[str] = set()
         self._too_large_since: dict[str, float] = {}
 
@@ -105,7 +104,7 @@ class Controller:
                     self._let_go(wait)
                     break
                 on_tick()
-                wait(self.pause)
+                self.rest(wait)
         except Superseded:
             raise
         except BaseException:
@@ -113,13 +112,13 @@ class Controller:
             raise
         self.close()
 
-    @property
-    def pause(self) -> float:
-        """Seconds to the next round. A round costs the same whether hosts report one step or ten."""
+    def rest(self, wait: Callable[[float], None] = time.sleep) -> None:
+        """Until the next round is due."""
         awaited = any(flight.step.kind != "train" for flight in self._work.flights.values())
-        loading = any(host.ready is None for host in self._work.fleet.hosts)
-        calm = self._work.clock() - self._changed_at >= CALM_AFTER and not awaited and not loading
-        return CALM_SECONDS if calm else TICK_SECONDS
+        hosts = self._work.fleet.hosts
+        loading = any(host.ready is None for host in hosts)
+        pause = self._pace.pause(sum(len(host.residents) for host in hosts), awaited or loading)
+        self._pace.rest(pause, wait, self._work.news)
 
     def _let_go(self, wait: Callable[[float], None]) -> None:
         """Jobs of other runs save what they have, for whoever works next."""
@@ -161,7 +160,7 @@ class Controller:
         self._board.show_progress()
         changed |= self._errands.hear()
         if changed:
-            self._changed_at = work.clock()
+            self._pace.changed()
         if changed or not 0 <= work.clock() - self._decided_at < DECIDE_SECONDS:
             self._decide()
         self._curves.tick([work.order(job) for job in work.jobs])
@@ -331,7 +330,7 @@ class Controller:
             self._stop(job, Reason.REGISTRY_AWAY, f"{error}{scarce(self._home)}")
         except GateFailed as error:
             self._stop(job, Reason.GATE_FAILED, str(error))
-        except BadInput as error:
+        except (BadInput, NoSuchVersion) as error:
             self._stop(job, Reason.BAD_DATA, str(error))
         except LostFolder as error:
             self._redo(job, error)

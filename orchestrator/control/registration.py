@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from orchestrator.structure import Structure
 from workers.types import BadInput, EvaluationSpec
 
 CANDIDATE, CHAMPION = "candidate", "champion"
+ROUNDS = 5
+"""Times that a version is judged while others move its champion."""
 
 
 class GateFailed(Exception):
@@ -66,9 +69,20 @@ class Registration:
         }
 
     def promote(self, order: Order, what: PromoteWhat) -> dict[str, Any]:
-        """Point `candidate` at the version, check its gates, move `champion`. Raises GateFailed."""
+        """Point `candidate` at the version, check its gates, move `champion`. Raises GateFailed.
+
+        If another moves the champion meanwhile, the version is judged again beside the new one.
+        """
         number = int(self.ledger.result(order.job.step("register").id)["version"])
         self.registry.set_alias(what.name, CANDIDATE, number)
+        for _ in range(ROUNDS - 1):
+            with suppress(RegistryConflict):
+                return self._promote(order, what, number)
+        return self._promote(order, what, number)
+
+    def _promote(self, order: Order, what: PromoteWhat, number: int) -> dict[str, Any]:
+        """Raises GateFailed, RegistryConflict."""
+        self.registry.finish_move(what.name)
         version, champion = self.registry.version(what.name, str(number)), self._champion(what.name)
         theirs = None if champion is None else read_scores(self.registry, champion)
         found = structure_of(self.registry, version, _base_folder(order))

@@ -79,6 +79,10 @@ class Work:
         self._refreshed = 0.0
         self._pauses: dict[str, Backoff] = {}
 
+    def news(self) -> bool:
+        """Whether anything was submitted, asked for or changed since the store was looked at. Cheap."""
+        return self.store.last_event() != self._last_event or bool(self.store.open_requests())
+
     def refresh(self, run: str | None) -> bool:
         """Look at the store again, as others submit jobs while the controller runs; whether it has changed.
 

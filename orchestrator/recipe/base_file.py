@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ValidationError, model_validator
 
@@ -202,6 +202,12 @@ def _describe(keys: BaseFile, model: str, place: Place, name: str, weights: str 
         world_size=keys.world_size,
         digests=digests,
         parameters=sum(prod(shape) for shape in shapes.values()),
-        max_position_embeddings=config.get("max_position_embeddings"),
+        max_position_embeddings=_longest(config),
         linears=linear_shapes(shapes),
     )
+
+
+def _longest(config: dict[str, Any]) -> int | None:
+    """Of a model of several parts the text part says it, as `workers.rows.longest_row` reads it."""
+    text: dict[str, Any] | None = config.get("text_config")
+    return (text or config).get("max_position_embeddings")

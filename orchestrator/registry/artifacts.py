@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,19 @@ from workers.manifest import (
 
 
 def download(client: MlflowClient, version: AdapterVersion, to: Path) -> Path:
-    """The adapter's files in `to`, verified; a folder already there is checked and used."""
-    if to.exists():
-        if folder_digest(to) != version.digest:
-            raise RegistryConflict(
-                f"{to} exists and is not {version.name}/{version.version}; choose another folder"
-            )
-        return to
+    """The adapter's files in `to`, verified; a folder that is there, or comes meanwhile, is used if right."""
+    with suppress(FileExistsError):
+        if not to.exists():
+            return _publish(client, version, to)
+    if folder_digest(to) != version.digest:
+        raise RegistryConflict(
+            f"{to} exists and is not {version.name}/{version.version}; choose another folder"
+        )
+    return to
+
+
+def _publish(client: MlflowClient, version: AdapterVersion, to: Path) -> Path:
+    """Raises FileExistsError if another has done it."""
     with tempfile.TemporaryDirectory() as scratch:
         stored = _fetch(client, version.model_id, "", Path(scratch))
         manifest = _verified(stored, version)

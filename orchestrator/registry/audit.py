@@ -61,11 +61,13 @@ def _unbound(client: MlflowClient, name: str) -> Iterator[Problem]:
 
 def _champion(client: MlflowClient, name: str, known: set[tuple[str, int]]) -> Iterator[Problem]:
     """The alias beside the release record, and champions of the past that are gone."""
-    moves = [record for record in history(client, name) if record.done]
+    records = history(client, name)
+    moves = [record for record in records if record.done]
     if not moves:
         return
     alias, last = aliases_of(client, name).get(CHAMPION), moves[-1]
-    if alias is None or int(alias) != last.target:
+    under_way = {record.target for record in records if not record.done}
+    if alias is None or int(alias) not in {last.target, *under_way}:
         now = "nothing" if alias is None else f"version {alias}"
         words = f"champion is {now}, but its release record says version {last.target}, moved by {last.who}"
         yield Problem(name, last.target, words)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from mlflow.entities import Metric
@@ -91,6 +92,11 @@ def rollback(client: MlflowClient, name: str, expected_champion: int | None, rea
     target = one_version(client, name, PREVIOUS)
     check_bytes(client, target)
     return _move(client, "rollback", len(done), champion, target, reason, {})
+
+
+def finish_move(client: MlflowClient, name: str) -> list[ReleaseRecord]:
+    """Carry out a move that was interrupted; the record of every move that was made, oldest first."""
+    return [replace(move.record, done=True) for move in finish_pending(client, name)]
 
 
 def finish_pending(client: MlflowClient, name: str) -> list[Move]:

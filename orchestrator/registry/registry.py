@@ -113,6 +113,10 @@ class MlflowRegistry:
         with reaching(self.url), promotion.one_writer(self._lock):
             return promotion.rollback(self._client, name, expected_champion, reason)
 
+    def finish_move(self, name: str) -> Sequence[ReleaseRecord]:
+        with reaching(self.url), promotion.one_writer(self._lock):
+            return promotion.finish_move(self._client, name)
+
     def history(self, name: str) -> Sequence[ReleaseRecord]:
         with reaching(self.url):
             return releases.history(self._client, name)

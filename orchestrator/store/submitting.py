@@ -16,7 +16,12 @@ from workers.types import BadInput
 
 
 def submit(db: Connection, new: NewRun, who: str, now: float) -> str:
-    """The id of the run. Raises BadInput for a token used for something else, IntegrityError in a race."""
+    """The id of the run. Raises BadInput for a token that cannot be one, or was used for something else,
+    IntegrityError in a race."""
+    if new.token is not None and not (0 < len(new.token) <= tables.KEY_LENGTH and new.token.isprintable()):
+        raise BadInput(
+            f"--key: this has {len(new.token)} characters; take from 1 to {tables.KEY_LENGTH}, all printable"
+        )
     if new.token is not None and (known := _by_token(db, new)) is not None:
         return known
     # One query tells what is unfinished and what number comes next: with two, another process could

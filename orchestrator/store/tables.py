@@ -27,6 +27,9 @@ from sqlalchemy import (
 WRITES = "chorus_writes"
 """Execution option of the connections that write: SQLite then takes its lock at the beginning."""
 
+KEY_LENGTH = 200
+"""Characters of a submitter's own key: PostgreSQL refuses more."""
+
 metadata = MetaData()
 
 runs = Table(
@@ -38,7 +41,7 @@ runs = Table(
     Column("number", Integer, nullable=False),
     Column("recipe", JSON, nullable=False),
     Column("submitted_at", Float, nullable=False),
-    Column("token", String(200), unique=True, index=True),
+    Column("token", String(KEY_LENGTH), unique=True, index=True),
     UniqueConstraint("key", "number"),
 )
 

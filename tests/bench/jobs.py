@@ -157,7 +157,7 @@ class Chorus:
     def _until(self, reached: Callable[[], bool]) -> None:
         """As `Controller.run` does, but stopping early; at the latest when there is nothing to do."""
         while self.controller.tick() and not reached():
-            time.sleep(self.controller.pause)
+            self.controller.rest()
 
 
 def _write_world(setting: Setting, load: Load) -> None:

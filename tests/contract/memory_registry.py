@@ -1,6 +1,7 @@
 """`Registry` in memory, for tests of what uses one; kept honest by the contract test it shares."""
 
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -119,13 +120,12 @@ class MemoryRegistry:
             raise RegistryConflict(f"{version.name}/{version.version} was altered in the registry")
 
     def download(self, version, to):
-        if to.exists():
-            if folder_digest(to) != version.digest:
-                raise RegistryConflict(f"{to} exists and is not {version.name}/{version.version}")
-            return to
-        self._check(version)
-        with publish_folder(to) as scratch:
-            shutil.copytree(self.store / version.model_id, scratch, dirs_exist_ok=True)
+        if not to.exists():
+            self._check(version)
+            with suppress(FileExistsError), publish_folder(to) as scratch:
+                shutil.copytree(self.store / version.model_id, scratch, dirs_exist_ok=True)
+        if folder_digest(to) != version.digest:
+            raise RegistryConflict(f"{to} exists and is not {version.name}/{version.version}")
         return to
 
     def read_text(self, version, path):
@@ -148,19 +148,18 @@ class MemoryRegistry:
 
     def promote(self, name, version, expected_champion, reason, figures):
         wanted = self.version(name, str(version))
+        done = [(record.kind, record.source, record.target) for record in self.finish_move(name)]
         champion = self._aliases.get(name, {}).get("champion")
-        done = [(record.kind, record.source, record.target) for record in self.history(name)]
         if champion == version and done and done[-1] == ("promote", expected_champion or 0, version):
             return wanted
         if champion != expected_champion:
             raise RegistryConflict(f"the champion of {name} is {champion}, not {expected_champion}")
         self._check(wanted)
-        self.set_tags(name, version, {"gate.status": "passed"})
         return self._move("promote", name, champion, wanted, reason, figures)
 
     def rollback(self, name, expected_champion, reason):
+        done = [(record.kind, record.source, record.target) for record in self.finish_move(name)]
         champion = self._aliases.get(name, {}).get("champion")
-        done = [(record.kind, record.source, record.target) for record in self.history(name)]
         if done and done[-1] == ("rollback", expected_champion, champion):
             return self.version(name, "champion")
         if champion != expected_champion:
@@ -170,17 +169,32 @@ class MemoryRegistry:
         return self._move("rollback", name, self._aliases[name]["champion"], target, reason, {})
 
     def _move(self, kind, name, source, target, reason, figures):
-        moved = {"champion": target.version} | ({"previous": source} if source else {})
-        self._aliases.setdefault(name, {}).update(moved)
         digests = {key: value for key, value in target.tags.items() if key.endswith(".digest")}
         number = 1 + len(self.history(name))
         self.releases.append(
             ReleaseRecord(
                 *(number, name, kind, source or 0, target.version, "me@here", 1, reason),
-                *(dict(figures), digests, True),
+                *(dict(figures), digests, False),
             )
         )
+        self._carry_out(self.releases[-1])
         return self.version(name, "champion")
+
+    def _carry_out(self, record):
+        moved = {"champion": record.target} | ({"previous": record.source} if record.source else {})
+        self._aliases.setdefault(record.name, {}).update(moved)
+        if record.kind == "promote":
+            self.set_tags(record.name, record.target, {"gate.status": "passed"})
+        self._end(record)
+
+    def _end(self, record):
+        self.releases[self.releases.index(record)] = replace(record, done=True)
+
+    def finish_move(self, name):
+        for record in self.history(name):
+            if not record.done:
+                self._carry_out(record)
+        return self.history(name)
 
     def history(self, name):
         return [record for record in self.releases if record.name == name]

@@ -3,16 +3,21 @@
 import atexit
 import json
 import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 from orchestrator.contracts import NewVersion, Registry, Scores
 from orchestrator.registry import server as tracking_server
 from orchestrator.registry.server import TrackingServer
+from tests.contract.memory_registry import MemoryRegistry
 from workers.manifest import publish_folder
 from workers.types import EvaluationReport
 
@@ -96,3 +101,22 @@ def new_version(
         "card": "# card\n",
     }
     return NewVersion(**{**arguments, **changes})
+
+
+class Killed(BaseException):
+    """Who moves a champion ends here."""
+
+
+@contextmanager
+def killed_in_its_move(registry: Any) -> Generator[None]:
+    """Within, a move is written down and its aliases are set; its record is not ended."""
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    of_memory = isinstance(registry, MemoryRegistry)
+    last = (registry, "_end") if of_memory else ("orchestrator.registry.promotion._settle",)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*last, die)
+        with pytest.raises(Killed):
+            yield

@@ -1,6 +1,7 @@
 """One contract, two registries: whatever holds for MLflow holds for the one in memory."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,14 @@ import pytest
 
 from orchestrator.contracts import MetricPoint, NoSuchVersion, RegistryConflict
 from tests.contract.memory_registry import MemoryRegistry
-from tests.contract.samples import classification, fresh_name, home_of, new_version, recommendation
+from tests.contract.samples import (
+    classification,
+    fresh_name,
+    home_of,
+    killed_in_its_move,
+    new_version,
+    recommendation,
+)
 from workers.manifest import CorruptFolder, folder_digest, verify_folder
 from workers.types import BadInput
 
@@ -162,6 +170,29 @@ def test_download_onto_another_version_is_refused(registry, tmp_path, two_versio
     assert folder_digest(folder) == two_versions[0].digest
 
 
+@pytest.mark.parametrize("faster", [0, 1])
+def test_download_that_another_was_faster_with_is_checked(
+    registry, tmp_path, two_versions, monkeypatch, faster
+):
+    """Two commands fetch into one folder: here the other publishes while this one is still writing."""
+    to, copy = tmp_path / "adapter", shutil.copyfile
+
+    def late(source, target, **named):
+        if not to.exists():
+            monkeypatch.setattr(shutil, "copyfile", copy)
+            registry.download(two_versions[faster], to)
+        return copy(source, target, **named)
+
+    monkeypatch.setattr(shutil, "copyfile", late)
+    if faster == 0:
+        assert registry.download(two_versions[0], to) == to
+    else:
+        with pytest.raises(RegistryConflict, match="exists"):
+            registry.download(two_versions[0], to)
+    assert folder_digest(to) == two_versions[faster].digest
+    assert [path.name for path in tmp_path.glob(".adapter.*")] == []
+
+
 def test_download_altered_adapter_is_found_out(registry, tmp_path, two_versions):
     alter(registry, two_versions[0])
     with pytest.raises(RegistryConflict, match="altered"):
@@ -267,6 +298,39 @@ def test_rollback_without_previous_raises(registry, name, two_versions):
     with pytest.raises(NoSuchVersion):
         registry.rollback(name, 1, "nothing to go back to")
     assert registry.version(name, "champion").version == 1
+
+
+# ---- a move that was interrupted ----
+
+
+def test_finish_move_of_a_name_that_never_moved_or_is_not_there_makes_nothing(registry, name, two_versions):
+    assert list(registry.finish_move(name)) == []
+    assert list(registry.finish_move("no-such-name")) == []
+    assert registry.version(name, "2").aliases == ()
+
+
+def test_finish_move_ends_an_interrupted_promotion_once(registry, name, two_versions):
+    registry.promote(name, 1, None, "first", {})
+    with killed_in_its_move(registry):
+        registry.promote(name, 2, 1, "better", {})
+    assert [record.done for record in registry.history(name)] == [True, False]
+    assert registry.version(name, "2").aliases == ("champion",)
+    assert list(registry.audit(name)) == [], "it is where its record says, be that ended or not"
+    for _ in range(2):
+        made = registry.finish_move(name)
+        assert [(r.source, r.target, r.done) for r in made] == [(0, 1, True), (1, 2, True)]
+        assert list(made) == list(registry.history(name))
+    assert registry.version(name, "2").tags["gate.status"] == "passed"
+
+
+def test_finish_move_ends_an_interrupted_rollback_and_does_not_swap_back(registry, name, two_versions):
+    registry.promote(name, 1, None, "first", {})
+    registry.promote(name, 2, 1, "better", {})
+    with killed_in_its_move(registry):
+        registry.rollback(name, 2, "worse in use")
+    assert [(r.kind, r.target) for r in registry.finish_move(name)][2:] == [("rollback", 1)]
+    assert registry.version(name, "champion").version == 1
+    assert registry.version(name, "previous").version == 2
 
 
 # ---- the release record ----

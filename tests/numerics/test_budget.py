@@ -8,12 +8,23 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.numerics import jobs as made
 from tests.numerics.jobs import adapters, attach, distance, drive, test_base, three_jobs
 from tests.numerics.pair import two_ranks
 from workers import budget, passes
 from workers.host import Host
 from workers.ranks import Ranks
-from workers.types import BaseSpec, HostMeasured, JobSpec, JobStopped, OutOfMemory, StepDone
+from workers.types import (
+    AdapterSpec,
+    BaseSpec,
+    Detach,
+    HostMeasured,
+    JobSpec,
+    JobStopped,
+    OutOfMemory,
+    StepDone,
+    TrainingSpec,
+)
 
 SMALL_RUNGS = (64, 128, 256, 512, 1024)
 CHUNK = 256
@@ -181,3 +192,44 @@ def test_out_of_memory_of_a_single_row_stops_that_job_alone(tmp_path):
     assert found.keys() == {"rslora", "small"}
     for job in found:
         assert distance(found[job].factors, whole[job].factors) < 1e-5
+
+
+def run_without_memory_for(ranks: Ranks, base: BaseSpec, jobs: list[JobSpec], short: str, detach: bool):
+    """Events of each tick; every pass that holds the job `short` fails, and it may be detached after the
+    first tick."""
+
+    def run(base, own_ranks, micro_batch, shares):
+        if any(name == short for name, _ in micro_batch.chunks):
+            raise torch.OutOfMemoryError("injected")
+        return real(base, own_ranks, micro_batch, shares)
+
+    host = Host.load(base, ranks)
+    real, passes.forward_backward = passes.forward_backward, run
+    try:
+        ticks = [[event for command in attach(*jobs) for event in host.apply(command)] + host.tick()]
+        if detach:
+            host.apply(Detach(short, 1))
+        while host.busy:
+            ticks.append(host.tick())
+        return ticks
+    finally:
+        passes.forward_backward = real
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(("rows", "told"), [(1, JobStopped), (4, OutOfMemory)])
+def test_out_of_memory_of_a_later_pass_leaves_the_step_of_a_job_that_was_done_before_it(
+    tmp_path, world_size, rows, told
+):
+    """The job's one chunk is of longer rows, so it runs first; then nobody else is there to be trained."""
+    base = test_base(tmp_path, tokens_per_tick=1024, chunk_tokens=CHUNK)
+    done = made.job(
+        tmp_path, "done", AdapterSpec(2, 4), TrainingSpec(1e-3, 1, 256, max_steps=3, seed=1), (11, 12)
+    )
+    short = made.job(tmp_path, "short", AdapterSpec(2, 4), TrainingSpec(1e-3, rows, 256, max_steps=3), (1, 2))
+    alone = adapters(on(world_size, run_whole, base, {0: attach(*elsewhere([done], "alone"))}))
+    ticks = on(world_size, run_without_memory_for, base, [done, short], "short", told is OutOfMemory)
+    assert [type(event) for event in ticks[0] if event.job == "short"][-1] is told
+    assert [steps_of(events, "done") for events in ticks[:3]] == [[1], [2], [3]]
+    found = adapters([event for events in ticks for event in events])
+    assert_bit_identical(alone, found, ["done"])

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from tests.models import write_rows
 from tests.numerics.jobs import WORDS, adapters, assert_same_bits, attach, drive, run, test_base, three_jobs
+from tests.numerics.pair import two_ranks
 from workers import checkpoint
 from workers.host import Host
 from workers.ranks import Ranks
@@ -165,6 +166,22 @@ def test_evaluation_that_cannot_be_made_keeps_no_other_from_its_report(world, tm
     assert str(tmp_path / "none") in failed["no adapter"]
     assert "nowhere.jsonl" in failed["no rows"]
     assert reports(events) == clean
+
+
+def lost_on_one_rank(ranks: Ranks, base: BaseSpec, folders: list[str], spec: EvaluationSpec):
+    """What is told, and the bytes of adapters that are left on each rank."""
+    host = Host.load(base, ranks)
+    events = drive(host, {0: [Evaluate("lost", folders[ranks.rank], spec)]})
+    return events, ranks.gather(host.base.slots.arenas.bytes)
+
+
+def test_evaluation_of_an_adapter_that_one_rank_cannot_read_leaves_no_slot_on_the_other(world, tmp_path):
+    base, folders, of = world
+    places = [folders["wide"], str(tmp_path / "none")]
+    (failed,), left = two_ranks(lost_on_one_rank, base, places, of["label"])
+    assert isinstance(failed, EvaluationFailed)
+    assert str(tmp_path / "none") in failed.message
+    assert left == [0, 0]
 
 
 def test_evaluations_beside_training_jobs_change_no_bit_of_them(world, tmp_path):

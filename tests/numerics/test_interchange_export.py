@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.recipe.base_file import load_base
@@ -161,6 +162,15 @@ def test_export_into_a_folder_with_other_things_is_refused(base_dir: Path, adapt
     assert (adapter_dir.parent / "release" / "thesis.txt").read_text() == "all my work"
 
 
+def test_export_into_a_folder_with_a_manifest_of_something_else_is_refused(
+    base_dir: Path, adapter_dir: Path
+) -> None:
+    (adapter_dir.parent / "release").mkdir()
+    (adapter_dir.parent / "release" / "manifest.json").write_text('{"name": "web app"}')
+    with pytest.raises(BadInput, match="exists and is not this release"):
+        run(task(adapter_dir, base_dir, False))
+
+
 @pytest.mark.parametrize("name", ["../card.md", "config.json", "manifest.json", "x.safetensors", "a/b"])
 def test_export_extra_file_that_is_not_plain_is_refused(base_dir: Path, adapter_dir: Path, name: str) -> None:
     with pytest.raises(BadInput, match="cannot be put into a release"):
@@ -205,6 +215,61 @@ def test_export_base_with_a_missing_shard_is_refused(
     next(torn.glob("*.safetensors")).unlink()
     with pytest.raises(BadInput, match="is missing; copy or download the base again"):
         run(task(adapter_dir, torn, True))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(
+    "index", ["{", "[]", "{}", '{"weight_map": 1}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}']
+)
+def test_export_base_with_a_torn_index_is_refused(
+    base_dir: Path, adapter_dir: Path, tmp_path: Path, index: str, merged: bool
+) -> None:
+    torn = shutil.copytree(base_dir, tmp_path / "torn")
+    (torn / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(BadInput, match=r"copy or download the base again|is not in"):
+        run(task(adapter_dir, torn, merged))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_export_base_with_a_torn_file_is_refused(
+    base_dir: Path, adapter_dir: Path, tmp_path: Path, merged: bool
+) -> None:
+    torn = shutil.copytree(base_dir, tmp_path / "torn")
+    for path in torn.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(BadInput, match="is not a whole safetensors file"):
+        run(task(adapter_dir, torn, merged))
+    whole = tmp_path / "single"
+    make_base(whole)
+    (whole / "model.safetensors").write_bytes((whole / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(BadInput, match="is not a whole safetensors file"):
+        run(task(adapter_dir, whole, merged))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_export_base_whose_index_names_what_its_files_lack_is_refused(
+    base_dir: Path, adapter_dir: Path, tmp_path: Path, merged: bool
+) -> None:
+    torn = shutil.copytree(base_dir, tmp_path / "torn")
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    for path in torn.glob("*.safetensors"):
+        held = load_file(path)
+        save_file({name: x for name, x in held.items() if name != weight}, path, {"format": "pt"})
+    with pytest.raises(BadInput, match=f"lacks '{re.escape(weight)}'"):
+        run(task(adapter_dir, torn, merged))
+
+
+def test_export_merged_into_a_base_with_weights_in_eight_bits_is_refused(
+    base_dir: Path, adapter_dir: Path, tmp_path: Path
+) -> None:
+    eight = shutil.copytree(base_dir, tmp_path / "eight")
+    for path in eight.glob("*.safetensors"):
+        held = load_file(path)
+        put = {n: x.to(torch.float8_e4m3fn) if "embed_tokens" in n else x for n, x in held.items()}
+        save_file(put, path, {"format": "pt"})
+    with pytest.raises(BadInput, match=r"embed_tokens\.weight' is stored as F8_E4M3"):
+        run(task(adapter_dir, eight, True))
+    assert not (adapter_dir.parent / "release").exists()
 
 
 def test_export_full_disk_raises_oserror_and_leaves_nothing(base_dir: Path, adapter_dir: Path) -> None:

@@ -23,7 +23,7 @@ from tests.numerics.jobs import (
     three_jobs,
 )
 from tests.numerics.pair import two_ranks
-from workers import joins
+from workers import encoder, joins
 from workers.encoded import encode, read, sources
 from workers.encoder import Encoder
 from workers.host import Host
@@ -237,6 +237,46 @@ def test_cancelling_ends_the_encoding_at_once_and_the_process_starts_anew(tmp_pa
     assert prepared.rows.is_file()
     assert not scratch(long)
     under_way.close()
+
+
+def test_an_encoder_that_died_while_idle_costs_the_next_job_nothing(tmp_path):
+    base, job = test_base(tmp_path), three_jobs(tmp_path, steps=3)[0]
+    beside = Encoder(base.path)
+    assert beside.encode(job, tmp_path / "1" / "rows.safetensors") is None
+    beside._process.kill()
+    beside._process.wait()
+    assert beside.encode(job, tmp_path / "2" / "rows.safetensors") is None
+    beside.close()
+
+
+def test_cancelling_a_job_whose_answer_has_just_come_costs_the_next_job_nothing(tmp_path, monkeypatch):
+    base, job = test_base(tmp_path), three_jobs(tmp_path, steps=3)[0]
+    beside, ask, cancelled = Encoder(base.path), encoder._ask, tmp_path / "1" / "rows.safetensors"
+
+    def cancelled_then(process, request):
+        line = ask(process, request)
+        beside.cancel(cancelled)
+        return line
+
+    monkeypatch.setattr(encoder, "_ask", cancelled_then)
+    beside.encode(job, cancelled)
+    assert beside.encode(job, tmp_path / "2" / "rows.safetensors") is None
+    beside.close()
+
+
+def test_an_encoder_that_dies_with_a_request_unread_is_an_answer_and_no_error(tmp_path, monkeypatch):
+    base, job = test_base(tmp_path), three_jobs(tmp_path, steps=3)[0]
+    beside, ask = Encoder(base.path), encoder._ask
+
+    def dies_first(process, request):
+        process.kill()
+        process.wait()
+        return ask(process, request)
+
+    monkeypatch.setattr(encoder, "_ask", dies_first)
+    code, words = beside.encode(job, tmp_path / "1" / "rows.safetensors")
+    assert (code, "ended (-9) at this job's" in words) == ("internal_error", True)
+    beside.close()
 
 
 def test_rows_from_a_file_are_the_rows_encoded_in_place(tmp_path):

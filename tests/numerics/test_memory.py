@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 
 from tests.numerics.jobs import adapters, attach, drive, test_base, three_jobs
+from tests.numerics.pair import two_ranks
 from workers.host import Host
 from workers.ranks import Ranks
-from workers.types import AdapterSpec, HostMeasured, JobStopped, MemoryModel, TrainingFinished
+from workers.slots import Slot, Slots
+from workers.types import (
+    AdapterSpec,
+    BaseSpec,
+    HostMeasured,
+    JobSpec,
+    JobStopped,
+    MemoryModel,
+    TrainingFinished,
+)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
@@ -56,6 +69,58 @@ def test_memory_job_that_never_fits_is_stopped_in_words(tmp_path):
     assert stopped.code == "out_of_memory"
     assert "parameters does not fit in the memory of this host" in stopped.message
     assert not host.residents
+
+
+class NoRoom:
+    """No adapter can be put in a slot on the last rank: the allocator raises."""
+
+    def __init__(self, slots: Slots, ranks: Ranks, error: Exception) -> None:
+        self._slots, self._create = slots, slots.create
+        self._error = error if ranks.rank == ranks.world_size - 1 else None
+
+    def __enter__(self) -> None:
+        def create(*arguments: Any) -> Slot:
+            made = self._create(*arguments)
+            if self._error:
+                raise self._error
+            return made
+
+        self._slots.create = create  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        self._slots.create = self._create  # type: ignore[method-assign]
+
+
+def run_without_room(ranks: Ranks, base: BaseSpec, jobs: list[JobSpec], error: Exception):
+    """What is told of the first when it comes alone, of the second beside the first, and then."""
+    host, (first, second) = Host.load(base, ranks), jobs
+    with NoRoom(host.base.slots, ranks, error):
+        alone = host.apply(attach(first)[0])
+    left = ranks.gather(host.base.slots.arenas.bytes)
+    host.apply(attach(replace(first, attempt=2))[0])
+    with NoRoom(host.base.slots, ranks, error):
+        beside = host.apply(attach(second)[0])
+    return alone, left, beside, drive(host, {0: [], 1: attach(replace(second, attempt=2))})
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), OSError(errno.ENOMEM, "Cannot allocate")],
+)
+def test_memory_that_the_allocator_does_not_have_for_a_slot_is_no_bad_data(tmp_path, world_size, error):
+    base, jobs = test_base(tmp_path), three_jobs(tmp_path, steps=3)[:2]
+    if world_size == 1:
+        told = run_without_room(Ranks(), base, jobs, error)
+    else:
+        told = two_ranks(run_without_room, base, jobs, error)
+    (alone,), left, (beside,), events = told
+    assert (alone.job, alone.code) == ("wide", "out_of_memory")
+    assert left == [0] * world_size
+    assert (beside.job, beside.code) == ("rslora", "waits_for_memory")
+    assert "beside the host's other residents" in beside.message
+    assert any(isinstance(event, HostMeasured) for event in events), "what is free is looked at again"
+    assert adapters(events).keys() == {"wide", "rslora"}
 
 
 def test_memory_is_reported_after_sixteen_ticks_and_then_at_doubled_times(tmp_path):

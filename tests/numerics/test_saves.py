@@ -13,13 +13,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.numerics.jobs import adapters, attach, run, test_base, three_jobs
+from tests.numerics.jobs import adapters, attach, job, run, test_base, three_jobs
 from tests.numerics.test_resume import assert_same
 from workers import checkpoint
 from workers.host import Host
 from workers.order import steps_per_epoch
 from workers.ranks import Ranks
-from workers.types import Attached, CheckpointSaved, Detach, Detached, JobStopped, StepDone, TrainingFinished
+from workers.types import (
+    AdapterSpec,
+    Attached,
+    CheckpointSaved,
+    Detach,
+    Detached,
+    JobStopped,
+    StepDone,
+    TrainingFinished,
+    TrainingSpec,
+)
 
 
 def saving_often(tmp_path, steps=14):
@@ -122,6 +132,49 @@ def test_a_write_that_fails_stops_its_job_alone_and_keeps_its_last_checkpoint(tm
     assert newest is not None
     assert newest.name == "step-000002"
     assert adapters(events).keys() == {other.job}
+
+
+def test_a_job_whose_failed_write_is_heard_of_while_a_neighbour_ends_its_step_ends_none_itself(
+    tmp_path, monkeypatch
+):
+    """One diverges and waits for its own save; with that comes the failure of another's."""
+    go, written, write = threading.Event(), threading.Event(), checkpoint.save
+
+    def save(folder, state, digest):
+        assert go.wait(60)
+        if Path(folder).name == "full":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        if Path(folder).name == "last":
+            written.set()  # one thread writes, in the order of asking
+        return write(folder, state, digest)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    training = TrainingSpec(1e-3, 24, 256, num_epochs=2, saves_per_epoch=1, max_bad_steps=1)
+    diverges, full, last = (
+        job(tmp_path, name, AdapterSpec(2, 4), training, (3, 4)) for name in ("diverges", "full", "last")
+    )
+    host = Host.load(test_base(tmp_path, tokens_per_tick=4096), Ranks())
+    for command in attach(diverges, full, last):
+        host.apply(command)
+    for _ in range(2):  # all three begin to save
+        host.tick()
+    bad = host.residents["diverges"].optimizer
+    step = bad.step
+
+    def step_once_all_is_written():
+        bad.slot.weights.grad.fill_(float("nan"))
+        go.set()
+        assert written.wait(60)
+        return step()
+
+    monkeypatch.setattr(bad, "step", step_once_all_is_written)
+    events = host.tick()
+    assert [type(event) for event in events if event.job == "full"] == [JobStopped]
+    (stopped,) = [event for event in events if isinstance(event, JobStopped) and event.job == "diverges"]
+    assert stopped.code == "diverged"
+    while host.busy:
+        events += host.tick()
+    assert adapters(events).keys() == {"last"}
 
 
 KILLED = """

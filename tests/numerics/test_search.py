@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,15 @@ import pytest
 from tests.numerics.distil import parents
 from tests.numerics.jobs import adapters, assert_same_bits, attach, run, test_base, three_jobs
 from tests.numerics.pair import two_ranks
+from workers import searches
 from workers.adapter import read_adapter
 from workers.fuse import fuse
+from workers.hang import VARIABLE
 from workers.host import Host
 from workers.ranks import Ranks
 from workers.search import TRIALS, Search, Trial, read_table, write_table
 from workers.types import (
+    BadInput,
     Evaluate,
     EvaluationDone,
     EvaluationFailed,
@@ -170,6 +174,56 @@ def test_search_over_adapters_that_cannot_be_fused_fails_in_words(tmp_path):
     assert "needs a rank" in event.message
 
 
+def without_a_parent_on_rank_1(ranks: Ranks, base, spec: SearchSpec):
+    def refuses(folder: Path):
+        raise OSError(f"{folder} is away")
+
+    read = searches.read_adapter
+    searches.read_adapter = refuses if ranks.rank == 1 else read
+    try:
+        return searched(ranks, base, spec)
+    finally:
+        searches.read_adapter = read
+
+
+def test_search_whose_table_rank_0_refuses_fails_on_all_ranks(tmp_path):
+    base = test_base(tmp_path)
+    spec = plan(tmp_path, base)
+    (tmp_path / "search-trials").mkdir()
+    (tmp_path / "search-trials" / TRIALS).write_text('{"number": 3, "weights": [[1.0, 1.0]]}\n')
+    (event,) = two_ranks(searched, base, spec)
+    assert isinstance(event, EvaluationFailed)
+    assert "is not the table of this search" in event.message
+
+
+def test_search_over_a_parent_that_one_rank_cannot_read_fails_on_all_ranks(tmp_path):
+    base = test_base(tmp_path)
+    (event,) = two_ranks(without_a_parent_on_rank_1, base, plan(tmp_path, base))
+    assert isinstance(event, EvaluationFailed)
+    assert "is away" in event.message
+
+
+def test_search_that_fuses_for_long_is_heard_of_by_the_peers_meanwhile(tmp_path, monkeypatch):
+    begun, heard, fuse_folders = threading.Event(), threading.Event(), searches.fuse_folders
+
+    class Peers(Ranks):
+        def broadcast(self, value):
+            if begun.is_set():
+                heard.set()
+            return value
+
+    def slowly(task):
+        begun.set()
+        assert heard.wait(60)
+        return fuse_folders(task)
+
+    monkeypatch.setattr(searches, "fuse_folders", slowly)
+    monkeypatch.setenv(VARIABLE, "1")
+    base = test_base(tmp_path)
+    *_, event = searched(Peers(), base, plan(tmp_path, base, trials=1))
+    assert isinstance(event, SearchDone)
+
+
 # ---- the aim, the table ---------------------------------------------------------------------------------
 
 
@@ -195,6 +249,24 @@ def test_search_table_reads_back_what_was_written(tmp_path):
     search.trials.append(Trial(0, ((0.7, 0.4),), {"left.loss": 0.5}, {"left.loss": 2.0}, 0.1))
     write_table(search)
     assert read_table(search.spec) == search
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "3",
+        '{"parents": {"others.loss": 1.0}}',
+        '{"parents": 1}',
+        '{"number": 0}',
+        '{"number": 0, "weights": [1.0]}',
+        '{"number": 0, "weights": [[1.0]], "colour": "red"}',
+    ],
+)
+def test_search_table_of_something_else_is_refused(done, tmp_path, line):
+    spec = replace(done[1], trials_dir=str(tmp_path))
+    (tmp_path / TRIALS).write_text(line + "\n")
+    with pytest.raises(BadInput, match="is not the table of this search; remove it"):
+        read_table(spec)
 
 
 def test_search_goes_past_weights_that_yield_no_finite_score(tmp_path):

@@ -124,6 +124,10 @@ def test_a_key_is_the_same_run_for_ever(world, server):
     assert server.read("submit", world.one_job())["id"] != first
 
 
+def test_a_key_that_no_store_takes_is_refused(world, server):
+    assert_one_sentence(server.chorus("submit", world.one_job(), "--key", "k" * 201), 2, "from 1 to 200")
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from orchestrator.contracts import NoSuchVersion, RegistryUnreachable, TaskResult
+from orchestrator.home import Home
 from orchestrator.recipe.base_file import load_base
 from orchestrator.recipe.file import Place
+from tests.contract.samples import killed_in_its_move
 from tests.orchestrator.cli_world import CliWorld, assert_one_sentence
 from tests.orchestrator.recipe_files import write_base
 
@@ -163,12 +165,64 @@ def test_promote_of_a_version_without_its_recipe_is_refused(world):
     assert_one_sentence(world.chorus("promote", FINANCE, "1"), 3, "holds no recipe")
 
 
+def test_promote_looks_for_the_base_in_the_store_that_is_named(world):
+    world.home = Home(world.home.folder, f"sqlite:///{world.folder}/elsewhere.db")
+    world.chorus("run", world.one_job(evaluation={"structure": ["shapes"]}, registry={"promote": False}))
+    result = world.chorus("promote", FINANCE, "1")
+    assert result.exit_code == 0, result.stderr
+    assert champion(world, FINANCE) == 1
+
+
 def test_rollback_makes_the_previous_champion_champion_again(world):
     world.chorus("run", world.one_job())
     world.chorus("run", world.one_job(seed=7))
     assert champion(world, FINANCE) == 2
     assert world.chorus("rollback", FINANCE).exit_code == 0
     assert champion(world, FINANCE) == 1
+
+
+def test_rollback_given_again_does_not_put_the_bad_champion_back(world):
+    world.chorus("run", world.one_job())
+    world.chorus("run", world.one_job(seed=7))
+    for _ in range(2):
+        result = world.chorus("rollback", FINANCE)
+        assert f"{FINANCE}/1 is champion of {FINANCE} again" in result.stdout
+    assert f"`chorus promote {FINANCE} 2 --home {world.home.folder}` undoes it" in result.stdout
+    assert champion(world, FINANCE) == 1
+    assert len(world.registry.releases) == 3
+    assert world.chorus("promote", FINANCE, "2").exit_code == 0
+    assert "/1 is champion" in world.chorus("rollback", FINANCE).stdout
+
+
+def test_rollback_killed_in_its_move_and_given_again_ends_it(world):
+    world.chorus("run", world.one_job())
+    world.chorus("run", world.one_job(seed=7))
+    with killed_in_its_move(world.registry):
+        world.chorus("rollback", FINANCE)
+    assert world.chorus("rollback", FINANCE).exit_code == 0
+    assert champion(world, FINANCE) == 1
+    assert [(r.source, r.target, r.done) for r in world.registry.releases][2:] == [(2, 1, True)]
+
+
+def test_promote_killed_in_its_move_and_given_again_ends_it(world, tmp_path):
+    world.chorus("run", world.one_job(registry={"promote": False}))
+    with killed_in_its_move(world.registry):
+        world.chorus("promote", FINANCE, "1")
+    assert "champion already" in world.chorus("promote", FINANCE, "1").stdout
+    assert [(r.target, r.done) for r in world.registry.releases] == [(1, True)]
+    assert world.chorus("release", f"{FINANCE}@champion", "--out", tmp_path / "out").exit_code == 0
+
+
+def test_rollback_that_finds_an_unfinished_promotion_of_another_moves_nothing_unseen(world):
+    """It was asked for when 1 was champion: that is not what went wrong with 2."""
+    world.chorus("run", world.one_job())
+    world.chorus("run", world.one_job(seed=7, registry={"promote": False}))
+    with killed_in_its_move(world.registry):
+        world.chorus("promote", FINANCE, "2")
+    world.registry._aliases[FINANCE] = {"champion": 1}  # it came no further than its record
+    assert_one_sentence(world.chorus("rollback", FINANCE), 3, "the champion of", "2")
+    assert champion(world, FINANCE) == 2
+    assert "/1 is champion" in world.chorus("rollback", FINANCE).stdout
 
 
 def test_rollback_without_a_previous_champion_is_not_found(done):

@@ -85,6 +85,11 @@ def test_verify_names_what_was_altered_and_exits_with_3(world):
     assert f"{FINANCE}/1: {FINANCE}/1 was altered" in result.stdout
 
 
+def test_verify_of_a_name_of_which_nothing_is_known_is_not_found(done):
+    assert done.chorus("adapters", "verify", FINANCE).exit_code == 0
+    assert_one_sentence(done.chorus("adapters", "verify", "misspelt"), 102, "misspelt")
+
+
 # ---- lineage --------------------------------------------------------------------------------------------
 
 

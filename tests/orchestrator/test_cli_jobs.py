@@ -7,6 +7,7 @@ import json
 import pytest
 import yaml
 
+from orchestrator.api import service
 from orchestrator.commands.progress import RunProgress
 from orchestrator.registry.server import ServerFailed
 from orchestrator.store.store import Store
@@ -168,6 +169,24 @@ def test_cancel_beside_a_run_at_work_asks_that_run(waiting):
     with waiting.open_store(waiting.home) as store:
         (request,) = store.open_requests()
     assert (request.job.rpartition(".")[2], request.kind) == ("finance", "cancel")
+
+
+@pytest.mark.parametrize("command", ["cancel", "pause", "resume"])
+def test_change_of_a_job_that_finishes_before_the_lock_is_had_changes_nothing(tmp_path, monkeypatch, command):
+    world = CliWorld(tmp_path)
+    world.chorus("submit", world.two_jobs())
+    find = service.find_jobs
+
+    def found_before_the_run_ended(*arguments):
+        jobs = find(*arguments)
+        world.chorus("run", world.two_jobs())
+        return jobs
+
+    monkeypatch.setattr(service, "find_jobs", found_before_the_run_ended)
+    result = world.chorus(command, "demo")
+    assert result.exit_code == 0, result.exception
+    assert "demo has finished already" in result.stdout
+    assert set(world.statuses().values()) == {"SUCCEEDED"}
 
 
 def test_cancel_of_a_finished_job_changes_nothing(done):

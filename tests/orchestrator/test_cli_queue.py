@@ -6,12 +6,16 @@ import math
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
 
+import psycopg
 import pytest
 
 from orchestrator.api.explaining import explanation
 from orchestrator.api.queue_view import claim_view
 from orchestrator.commands import run as run_command
+from orchestrator.home import Home
 from orchestrator.job import Reason
 from orchestrator.policy import Policy
 from tests.orchestrator.cli_world import CliWorld, assert_one_sentence
@@ -116,6 +120,68 @@ def test_submit_again_is_the_same_run_until_it_has_ended_and_with_a_key_for_ever
     world.chorus("cancel", first)
     assert world.read("submit", world.one_job(), "--key", "mine")["id"] == first
     assert world.read("submit", world.one_job())["id"] != first
+
+
+@pytest.mark.parametrize("key", ["", "k" * 201, "a\nb"])
+def test_submit_under_a_key_that_no_store_takes_is_refused_and_makes_nothing(world, key):
+    assert_one_sentence(world.chorus("submit", world.one_job(), "--key", key), 2, "--key", "from 1 to 200")
+    assert world.read("ps") == []
+
+
+def test_submit_under_the_longest_key_is_the_same_run_on_postgresql(on_postgres):
+    first, again = (on_postgres.read("submit", on_postgres.one_job(), "--key", "é" * 200) for _ in "12")
+    assert first["id"] == again["id"]
+
+
+def test_store_whose_role_may_make_no_tables_is_told_what_to_grant(world, postgres):
+    """The default since PostgreSQL 15: only a database's owner may make tables in its schema public."""
+    url = postgres.new_database()
+    role = f"ada{uuid4().hex[:8]}"
+    with psycopg.connect(url, autocommit=True) as owner:
+        owner.execute(f"CREATE ROLE {role} LOGIN")
+        world.home = Home(world.home.folder, url.replace("postgres@", f"{role}@"))
+        refused = world.chorus("submit", world.one_job())
+        assert_one_sentence(
+            refused, 4, "permission denied for schema public", "`GRANT USAGE, CREATE ON SCHEMA"
+        )
+        owner.execute(f"GRANT USAGE, CREATE ON SCHEMA public TO {role}")
+    assert world.chorus("submit", world.one_job()).exit_code == 0
+
+
+def test_store_whose_tables_are_anothers_is_told_what_to_grant(on_postgres, postgres):
+    on_postgres.chorus("submit", on_postgres.one_job())
+    url, role = on_postgres.home.store, f"ada{uuid4().hex[:8]}"
+    with psycopg.connect(url, autocommit=True) as owner:
+        owner.execute(f"CREATE ROLE {role} LOGIN")
+        on_postgres.home = Home(on_postgres.home.folder, url.replace("postgres@", f"{role}@"))
+        assert_one_sentence(
+            on_postgres.chorus("ps"), 4, "permission denied for table", "`GRANT ALL ON ALL TABLES"
+        )
+        for what in ("TABLES", "SEQUENCES"):
+            owner.execute(f"GRANT ALL ON ALL {what} IN SCHEMA public TO {role}")
+    assert on_postgres.chorus("submit", on_postgres.one_job(seed=7)).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("store", "flag"),
+    [
+        ("sqlite:////data/one two.db", "--store 'sqlite:////data/one two.db'"),
+        ("postgresql://ada@127.0.0.1:1/chorus", "--store postgresql://ada@127.0.0.1:1/chorus"),
+        ("postgresql://ada:secret@127.0.0.1:1/chorus", '--store "$CHORUS_STORE"'),
+        ("postgresql:///chorus?user=ada&password=secret", '--store "$CHORUS_STORE"'),
+    ],
+)
+def test_hint_names_the_store_but_never_a_password(store, flag):
+    assert Home(Path("/data/home"), store).flag() == f" --home /data/home {flag}"
+    assert Home(Path("/data/home"), store).folder_flag() == " --home /data/home"
+
+
+def test_hints_lead_to_the_store_that_was_named(world):
+    world.home = Home(world.home.folder, f"sqlite:///{world.folder}/elsewhere.db")
+    hint = world.chorus("submit", world.one_job()).stdout.partition("`chorus serve ")[2].partition("`")[0]
+    assert hint == f"--home {world.home.folder} --store {world.home.store}"
+    shown = world.chorus("run", world.one_job()).stdout
+    assert f"ui --home {world.home.folder}\n" in shown, "which takes no store"
 
 
 def test_submit_of_something_else_under_a_used_key_is_refused(world):

@@ -54,6 +54,12 @@ def test_verify_altered_or_added_file_is_refused_by_name(released, name):
     assert_one_sentence(verify(released), 3, name)
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", '{"name": "web app"}', '{"files": []}', '{"files": {"a": 1}}'])
+def test_verify_folder_with_a_manifest_of_something_else_is_refused(released, text):
+    (released / "manifest.json").write_text(text)
+    assert_one_sentence(verify(released), 3, "manifest.json")
+
+
 def test_verify_signature_is_of_the_owner_of_the_key(released, tmp_path):
     private, public = keys(tmp_path, "mine")
     sign(released, private)

@@ -16,6 +16,7 @@ import pytest
 from orchestrator.api.service import HomeService
 from orchestrator.commands.progress import RunProgress
 from orchestrator.contracts import RegistryUnreachable, TaskResult
+from orchestrator.control import pace
 from orchestrator.control.controller import Controller
 from orchestrator.control.show import read_progress
 from orchestrator.control.submission import new_run
@@ -903,8 +904,6 @@ def test_controller_decides_anew_when_something_changed_or_a_second_went_by(worl
 
 
 def test_controller_looks_less_often_while_hosts_only_step_and_at_once_after_anything_else(world):
-    from orchestrator.control import controller as loop
-
     world.submit(finance(max_steps=40))
     pauses: dict[int, float] = {}
     asked: list[str] = []
@@ -916,10 +915,23 @@ def test_controller_looks_less_often_while_hosts_only_step_and_at_once_after_any
             asked.append(world.submit(support()))
 
     world.controller().run(wait=wait)
-    assert pauses[1] == pauses[2] == loop.TICK_SECONDS, "it was just placed"
-    assert pauses[10] == pauses[20] == loop.CALM_SECONDS
-    assert pauses[21] == loop.TICK_SECONDS
-    assert pauses[40] == loop.TICK_SECONDS, "it is scored"
+    assert pauses[1] == pauses[2] == pace.TICK_SECONDS, "it was just placed"
+    assert pauses[10] == pauses[20] == pace.CALM_SECONDS
+    assert pauses[21] == pace.TICK_SECONDS
+    assert pauses[40] == pace.TICK_SECONDS, "it is scored"
+
+
+def test_controller_rests_longer_the_more_jobs_step_but_not_from_who_wants_something():
+    resting = pace.Pace(lambda: 100.0)
+    pauses = [resting.pause(residents, awaited=False) for residents in (1, 10, 50, 1000)]
+    assert pauses == [pace.CALM_SECONDS, pace.CALM_SECONDS, 50 * pace.FOR_A_RESIDENT, pace.LONGEST_CALM]
+    waited: list[float] = []
+    resting.rest(2.3, waited.append, wanted=lambda: False)
+    assert sum(waited) == pytest.approx(2.3)
+    resting.rest(2.3, waited.append, wanted=lambda: True)
+    assert waited[-1] == pace.LOOK_SECONDS
+    resting.changed()
+    assert resting.pause(1000, awaited=False) == pace.TICK_SECONDS
 
 
 def test_curves_of_many_jobs_go_to_the_registry_more_rarely(world, monkeypatch):

@@ -13,6 +13,7 @@ from orchestrator.control import controller as loop
 from orchestrator.control.errands import AT_ONCE, Errands, on_a_thread
 from orchestrator.job import Reason, Status
 from tests.contract.memory_registry import MemoryRegistry
+from tests.contract.samples import killed_in_its_move
 from tests.orchestrator.fakes import Later
 from tests.orchestrator.recipe_files import finance, support, write_world, write_yaml
 from tests.orchestrator.test_controller import FINANCE, World, tick_until
@@ -165,6 +166,56 @@ def test_versions_of_one_name_are_registered_and_promoted_one_after_the_other(wo
     assert [version.version for version in world.registry.versions(FINANCE)] == [1, 2]
     assert world.registry.version(FINANCE, "champion").version == 2
     assert [what for what, name in asked if name == FINANCE].count("promote") == 2
+
+
+def test_champion_that_others_move_while_a_version_is_judged_is_judged_against_anew(world):
+    """As by a `chorus promote` or `rollback` between the look at the champion and the move."""
+    moves: list[int] = []
+    judged: list[int] = []
+
+    class Moved(MemoryRegistry):
+        def conditions(self, name):
+            if moves:
+                judged.append(self._aliases[name]["champion"])
+                self._aliases[name]["champion"] = moves.pop(0)
+            return super().conditions(name)
+
+    world.registry = Moved(world.folder / "moved")
+    world.submit(finance(), finance(name="again", seed=7))
+    world.run()
+    world.submit(finance(name="third", seed=9))
+    moves += [2, 1, 1]
+    world.run()
+    assert world.job("third").status is Status.SUCCEEDED, world.words()
+    assert judged == [2, 2, 1], "for its card; beside 2, which another moves away; beside 1"
+    assert world.registry.version(FINANCE, "champion").version == 3
+    last = world.registry.history(FINANCE)[-1]
+    assert (last.source, last.target) == (1, 3)
+
+
+def test_promotion_that_was_interrupted_is_ended_by_the_next_controller(world):
+    world.submit(finance())
+    with killed_in_its_move(world.registry.inner):
+        world.run()
+    world.run()
+    assert world.job("finance").status is Status.SUCCEEDED, world.words()
+    assert [record.done for record in world.registry.history(FINANCE)] == [True]
+    assert world.registry.version(FINANCE, "champion").tags["gate.status"] == "passed"
+
+
+def test_registered_parent_that_was_deleted_is_told_in_a_sentence(world):
+    world.submit(finance())
+    world.run()
+    write_yaml(world.folder / "finance.yaml", finance())
+    reference = f"{FINANCE}@1"
+    parents = [{"adapter": reference, "recipe": "finance.yaml"}, {"job": "support"}]
+    digests = {reference: world.registry.version(FINANCE, "1").digest}
+    world.submit(support(), digests=digests, adapters=parents)
+    world.registry.inner._versions.clear()
+    world.run()
+    fused = world.job("fused")
+    assert (fused.status, fused.reason) == (Status.FAILED, Reason.BAD_DATA), world.words()
+    assert fused.message == f"{FINANCE} has no version or alias '1'"
 
 
 def test_registered_parent_is_fetched_while_others_train(world):

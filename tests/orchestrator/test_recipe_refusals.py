@@ -11,6 +11,7 @@ from tests.orchestrator.recipe_files import (
     finance,
     line_of,
     support,
+    write_json,
     write_rows,
     write_world,
     write_yaml,
@@ -142,6 +143,13 @@ def test_recipe_gate_on_replies_that_are_not_generated_is_refused(world: Path) -
 
 
 def test_recipe_longer_than_the_base_allows_names_the_limit(world: Path) -> None:
+    sentence = refused(world, finance(sequence_len=129), at="sequence_len")
+    assert "sequence_len 129 is longer than the base allows; its limit is 128" in sentence
+
+
+def test_recipe_longer_than_the_text_part_of_the_base_allows_names_the_limit(world: Path) -> None:
+    (config,) = world.rglob("config.json")
+    write_json(config, {"model_type": "gemma3", "text_config": {"max_position_embeddings": 128}})
     sentence = refused(world, finance(sequence_len=129), at="sequence_len")
     assert "sequence_len 129 is longer than the base allows; its limit is 128" in sentence
 

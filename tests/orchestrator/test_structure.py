@@ -81,6 +81,8 @@ def test_one_number_that_is_not_finite_is_found_in_every_dtype(folder, base, val
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"r": 4}, "should have rank 4 but its tensors have 8"),
         ({"peft_type": "LOHA"}, "only LORA"),
+        ({"rank_pattern": ["q_proj"]}, "'rank_pattern' is ['q_proj']"),
+        ({"alpha_pattern": {"(": 3}}, "is not a regular expression"),
     ],
 )
 def test_adapter_that_is_no_plain_lora_is_not_loadable(folder, base, change, words):
@@ -96,6 +98,21 @@ def test_weights_that_are_cut_short_are_not_loadable(folder, base, kept):
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
     assert "not a whole safetensors file" in failed(folder, base)["loadable"]
+
+
+@pytest.mark.parametrize("header", ["[]", '{"a": 1}', '{"a": {"dtype": "F32", "shape": [1]}}'])
+def test_weights_with_a_header_of_something_else_are_not_loadable(folder, base, header):
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    assert "not a safetensors file" in failed(folder, base)["loadable"]
+
+
+def test_weights_whose_header_gives_a_tensor_other_bytes_than_its_shape_has_are_not_loadable(folder, base):
+    path = folder / "adapter_model.safetensors"
+    data = path.read_bytes()
+    assert b'"shape":[8,' in data
+    path.write_bytes(data.replace(b'"shape":[8,', b'"shape":[9,', 1))
+    assert "bytes" in failed(folder, base)["loadable"]
 
 
 def test_weights_that_are_gone_are_not_loadable(folder, base):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.adapters import SHAPES, random_adapter
 from tests.faults import files_limited_to
-from workers.adapter import Adapter, read_adapter, short_names, write_adapter
+from workers.adapter import Adapter, open_adapter, read_adapter, short_names, write_adapter
 from workers.adapter_config import pattern_value
 from workers.manifest import CorruptFolder, publish_folder
 from workers.types import BadInput
@@ -148,13 +148,26 @@ def test_read_adapter_with_a_manifest_refuses_altered_bytes(tmp_path: Path) -> N
         ),
         ({"r": 5}, "should have rank 5 but its tensors have 3; put the true rank into rank_pattern"),
         ({"r": "8"}, "'r' is '8'; it must be a number above 0"),
+        ({"r": float("nan")}, "'r' is nan; it must be a number above 0"),
+        ({"lora_alpha": float("inf")}, "'lora_alpha' is inf; it must be a number above 0"),
+        ({"rank_pattern": ["q_proj"]}, r"'rank_pattern' is \['q_proj'\]; .* module names to numbers above 0"),
+        ({"rank_pattern": {"q_proj": "8"}}, "'rank_pattern' .* module names to numbers above 0"),
+        ({"alpha_pattern": {"(": 3}}, r"'\(' in alpha_pattern is not a regular expression"),
+        ({"lora_dropout": "x"}, "'lora_dropout' is 'x'; it must be a number from 0 to 1"),
+        (
+            {"target_modules": [1, "q"]},
+            r"'target_modules' is \[1, 'q'\]; it must be a name or a list of names",
+        ),
+        ({"base_model_name_or_path": 7}, "'base_model_name_or_path' is 7; it must be a name"),
     ],
 )
 def test_read_adapter_what_is_not_plain_lora_is_refused(
     tmp_path: Path, config: dict[str, Any], words: str
 ) -> None:
-    with pytest.raises(BadInput, match=words):
-        read_adapter(save(random_adapter(1), tmp_path / "a", **config))
+    folder = save(random_adapter(1), tmp_path / "a", **config)
+    for read in (read_adapter, open_adapter):
+        with pytest.raises(BadInput, match=words):
+            read(folder)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +188,15 @@ def test_read_adapter_tensor_that_does_not_belong_is_refused(
     save_file({**load_file(folder / WEIGHTS), key: torch.zeros(shape)}, folder / WEIGHTS)
     with pytest.raises(BadInput, match=words):
         read_adapter(folder)
+
+
+def test_read_adapter_in_eight_bits_is_refused_by_its_tensor(tmp_path: Path) -> None:
+    folder = save(random_adapter(1), tmp_path / "a")
+    eight = {key: x.to(torch.float8_e4m3fn) for key, x in load_file(folder / WEIGHTS).items()}
+    save_file(eight, folder / WEIGHTS)
+    for read in (read_adapter, open_adapter):
+        with pytest.raises(BadInput, match=r"lora_[AB].weight' .*(float8_e4m3fn|F8_E4M3)"):
+            read(folder)
 
 
 def test_read_adapter_folder_without_its_files_is_refused(tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, T5Config
+from transformers import BertConfig, BertForMaskedLM, Gemma3Config, T5Config
 
 from tests.models import byte_tokenizer, make_base
 from workers.base import load_base
 from workers.ranks import Ranks
+from workers.reading import Reader
 from workers.types import BadInput, BaseSpec
 
 INT8 = "zero_quantized_nontrainable_weights"
@@ -91,6 +92,13 @@ def test_base_never_drops_anything_out_itself(tmp_path):
     first, second = (base.model(input_ids=rows_RT).logits for _ in range(2))
     assert base.model.training
     assert torch.equal(first, second)
+
+
+def test_base_of_several_parts_allows_rows_as_long_as_its_text_part_does(spec):
+    base = load_base(replace(spec, zero="none"), Ranks())
+    base.model.config = Gemma3Config(text_config={"max_position_embeddings": 64})
+    assert base.longest == 64
+    assert Reader(base.model, Ranks(), base.device, 0).longest == 64
 
 
 def test_base_that_is_plain_loads_plain_beside_a_partitioned_one(spec):

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.models import make_base, write_rows
 from tests.numerics.pair import two_ranks
-from workers import generate, head, score
+from workers import choices, generate, head, score
 from workers.base import load_base
 from workers.data import encode
-from workers.evaluate import evaluate
+from workers.evaluate import Candidate, evaluate, evaluate_together
 from workers.ranks import Ranks
 from workers.reading import Reader
 from workers.types import BadInput, BaseSpec, DatasetSpec, EvaluationReport, EvaluationSpec
@@ -266,6 +266,52 @@ def test_evaluate_row_bad_on_one_rank_alone_is_refused_on_all(folder, tmp_path):
     bad = write_rows(tmp_path / "bad.jsonl", [{"text": "Up", "label": "sideways"}])
     message = two_ranks(bad_row_on_one_rank, str(folder), [str(good), str(bad)])
     assert "bad.jsonl:1: unknown label 'sideways'" in message
+
+
+def unforeseen_on_one_rank(
+    ranks: Ranks, folder: str, specs: list[EvaluationSpec], module: str, name: str
+) -> list[str]:
+    """Why each has no report, or "". What is named raises on rank 1."""
+    base = load_base(BaseSpec(folder, zero="none"), ranks)
+
+    def fail(*_: Any) -> Any:
+        raise KeyError("unforeseen")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if ranks.rank == 1:
+            patch.setattr(f"{module}.{name}", fail)
+        reader = Reader(base.model, ranks, base.device, 0)
+        reports = evaluate_together(reader, base.tokenizer, [Candidate(None, spec) for spec in specs])
+    found = [str(report) if isinstance(report, BadInput) else "" for report in reports]
+    assert ranks.gather(found) == [found, found]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("workers.questions", "encode_choices"), ("workers.metrics", "ranking_rows")]
+)
+def test_evaluate_what_is_unforeseen_on_one_rank_refuses_that_candidate_alone_on_all(
+    folder, tmp_path, module, name
+):
+    specs = [evaluation_of(tmp_path, kind, 4) for kind in ("chat", "recommendation", "chat")]
+    found = two_ranks(unforeseen_on_one_rank, str(folder), specs, module, name)
+    assert found[0] == found[2] == ""
+    assert "it cannot be scored (KeyError: 'unforeseen')" in found[1]
+
+
+def test_evaluate_recommendation_of_a_lone_candidate_has_a_report(model, tokenizer, tmp_path):
+    rows = [{"history": ["gain"], "candidates": [title], "target": title} for title in ("fall", "rise")]
+    spec = DatasetSpec(str(write_rows(tmp_path / "lone.jsonl", rows)), "recommendation")
+    report = evaluate(model, tokenizer, Ranks(), EvaluationSpec((spec,), 200), CPU)
+    assert {report.metrics[name] for name in ("hit_at_1", "ndcg_at_5", "mrr")} == {1.0}
+
+
+def test_encode_choices_without_control_tokens_gives_the_same_tokens(tokenizer, tmp_path, monkeypatch):
+    """A control token is as far back as one must look; one may look as far back as the row's beginning."""
+    rows, (spec,) = make_rows("recommendation", 4), evaluation_of(tmp_path, "recommendation", 4).datasets
+    expected = choices.encode_choices(tokenizer, spec, rows, 200)
+    monkeypatch.setattr(choices, "control_tokens", lambda _: ())
+    assert choices.encode_choices(tokenizer, spec, rows, 200) == expected
 
 
 # ---- refusals ---------------------------------------------------------------------------------------

@@ -37,6 +37,14 @@ def test_ranking_metrics_target_least_likely_still_has_a_rank():
     )
 
 
+def test_ranking_metrics_of_a_lone_candidate_are_those_of_a_right_answer():
+    found = ranking_rows([[-1.0], [-1.0, -2.0]], [0, 1])
+    assert {name: values[0] for name, values in found.items()} == {"hit_at_1": 1, "ndcg_at_5": 1, "mrr": 1}
+    assert {name: values[1] for name, values in found.items()} == pytest.approx(
+        {"hit_at_1": 0, "ndcg_at_5": 1 / math.log2(3), "mrr": 0.5}
+    )
+
+
 def test_classification_metrics_equal_hand_computed_values():
     truth = ["bad", "bad", "good", "good"]
     predicted = ["bad", "good", "good", "good"]

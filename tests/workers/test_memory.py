@@ -18,6 +18,8 @@ from workers.memory import Peaks, adapter_room, is_out_of_memory, pass_room, upp
 from workers.types import MemoryModel
 
 GIB = 1 << 30
+ADAPTER = 2 * GIB // 16
+"""Parameters that take 2 GiB."""
 MODEL = MemoryModel(limit_bytes=10 * GIB, fixed_bytes=4 * GIB, bytes_per_token=1e6, bytes_per_parameter=16)
 
 
@@ -53,6 +55,43 @@ def test_peaks_a_smaller_pass_after_a_larger_one_says_nothing(monkeypatch):
     """The peak is still the larger one's."""
     found = peaks_of(monkeypatch, [(0, 0, 100), (1000, 0, 5000), (10, 0, 5000)])
     assert found.samples == {0: 100, 1000: 5000}
+
+
+def ticks_of(monkeypatch, ticks: list[tuple[int, int]], forgets: bool) -> Peaks:
+    """After ticks of (tokens, adapters) on a host that holds 10 GiB, 2 an adapter and 1 for 4,096 tokens."""
+    highest = [10 * GIB]
+    monkeypatch.setattr(memory, "peak_bytes", lambda: highest[0])
+    monkeypatch.setattr(
+        memory, "forget_peak", lambda: highest.__setitem__(0, 10 * GIB * forgets or highest[0])
+    )
+    found = Peaks(bytes_per_parameter=16)
+    found.seen(0, 0)
+    for tokens, adapters in ticks:
+        found.begin()
+        highest[0] = max(highest[0], (10 + 2 * adapters) * GIB + tokens * GIB // 4096)
+        found.seen(tokens, adapters * ADAPTER)
+    return found
+
+
+@pytest.mark.parametrize("forgets", [True, False])
+def test_peaks_after_residents_have_left_do_not_hold_what_those_held(monkeypatch, forgets):
+    """Also where the system does not forget a peak."""
+    full = ticks_of(monkeypatch, [(1024, 1), (4096, 8)], forgets).fit(32 * GIB)
+    left = ticks_of(monkeypatch, [(1024, 1), (4096, 8), (4096, 1), (512, 1), (4096, 2)], forgets).fit(
+        32 * GIB
+    )
+    assert full == left == MemoryModel(32 * GIB, 10 * GIB, GIB / 4096, 16)
+
+
+def test_peaks_of_larger_passes_after_residents_have_left_are_their_own(monkeypatch):
+    model = ticks_of(monkeypatch, [(1024, 8), (4096, 1)], True).fit(32 * GIB)
+    assert model == MemoryModel(32 * GIB, 10 * GIB, GIB / 4096, 16)
+
+
+def test_peaks_of_equal_passes_keep_the_highest(monkeypatch):
+    """As many tokens may lie in more or in fewer passes, or in rows of other lengths."""
+    found = peaks_of(monkeypatch, [(1000, 10, 5000), (1000, 100, 6000), (1000, 10, 4000)])
+    assert found.samples == {1000: 5000 - 160}
 
 
 def test_peaks_without_a_pass_or_without_figures_of_the_system_are_no_model(monkeypatch):
@@ -103,6 +142,27 @@ def test_free_bytes_is_the_control_groups_where_that_is_less(monkeypatch, tmp_pa
     assert memory.free_bytes() == 2_000_000
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.free_bytes() == 5000 * 1024
+
+
+@pytest.mark.parametrize(
+    ("most", "used", "cache"),
+    [
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_free_bytes_counts_cached_files_that_nobody_uses_as_free(monkeypatch, tmp_path, most, used, cache):
+    (tmp_path / "memory").mkdir()
+    (tmp_path / most).write_text("16000000\n")
+    (tmp_path / used).write_text("15900000\n")
+    stat = (tmp_path / most).with_name("memory.stat")
+    stat.write_text(f"anon 6000000\nfile 9900000\nactive_file 1\nold_{cache} 5\n{cache} 9000000\n")
+    (tmp_path / "meminfo").write_text("MemAvailable:    50000 kB\n")
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert memory.free_bytes() == 9_100_000
+    stat.write_text(f"{cache} 99000000\n")  # read a moment after the other
+    assert memory.free_bytes() == 16_000_000
 
 
 KEPT = """

@@ -206,6 +206,23 @@ def test_equal_steps_of_two_writers_lie_side_by_side(store, objects, tmp_path):
     assert found == {"of one", "of the other"}
 
 
+def test_folder_that_another_fetches_meanwhile_is_left_to_it_whole(store, tmp_path, monkeypatch):
+    store.put(published(tmp_path, "step-3"))
+    stored, final, digest = the_last(store), tmp_path / "back" / "step-3", object_store.file_digest
+
+    def late(path):
+        if not final.exists():
+            monkeypatch.setattr(object_store, "file_digest", digest)
+            store.fetch(stored, final)
+        return digest(path)
+
+    monkeypatch.setattr(object_store, "file_digest", late)
+    with pytest.raises(FileExistsError, match="never overwritten"):
+        store.fetch(stored, final)
+    verify_folder(final)
+    assert [path.name for path in final.parent.iterdir()] == ["step-3"]
+
+
 def test_full_disk_while_fetching_is_no_absence_of_the_store(store, tmp_path, monkeypatch):
     store.put(published(tmp_path, "step-000003"))
     stored = the_last(store)

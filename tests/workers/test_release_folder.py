@@ -26,6 +26,7 @@ from peft import PeftModel
 
 from tests.interchange import CLOSE, linears, load, logits, small
 from tests.models import make_base
+from workers import export
 from workers.adapter import read_adapter, write_adapter
 from workers.bom import BOM
 from workers.manifest import MANIFEST, CorruptFolder, publish_folder, verify_folder
@@ -144,6 +145,25 @@ def test_release_signed_and_given_another_file_is_found_out(
     (out / "evil.py").write_text("print()")
     with pytest.raises(CorruptFolder, match="is not what was signed"):
         check_signature(out, keys[1])
+
+
+def test_release_that_cannot_be_signed_leaves_no_folder(
+    task: ExportTask, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export, "sign", fails)
+        with pytest.raises(OSError, match="No space left"):
+            run(replace(task, signing_key=str(keys[0])))
+        assert not Path(task.out_dir).exists()
+    run(task)
+    with monkeypatch.context() as patched:
+        patched.setattr(export, "sign", fails)
+        with pytest.raises(OSError, match="No space left"):
+            run(replace(task, signing_key=str(keys[0])))
+    verify_folder(Path(task.out_dir))  # it was there before
 
 
 def test_release_moved_signature_still_holds(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,14 @@ from workers.fuse.reduced import reduced
 from workers.fuse.report import REPORT, Overlap, Spectrum, as_json, clamped, summary
 from workers.fuse.rule import Options
 from workers.fuse.rules import RULES
-from workers.manifest import MANIFEST, json_digest, publish_folder, read_manifest, verify_folder
+from workers.manifest import (
+    MANIFEST,
+    CorruptFolder,
+    json_digest,
+    publish_folder,
+    read_manifest,
+    verify_folder,
+)
 from workers.progress import Tell, silent
 from workers.rules import as_given, check_plan, check_weights
 from workers.types import BadInput, FuseTask, RuleOptions
@@ -214,7 +221,10 @@ def _in_group(module: Module, groups: Groups) -> Module:
 
 
 def _done_before(out: Path, plan: str) -> dict[str, Any]:
-    if not (out / MANIFEST).is_file() or read_manifest(out).get("plan") != plan:
+    found = None
+    with suppress(CorruptFolder):
+        found = read_manifest(out).get("plan")
+    if found != plan:
         raise BadInput(f"{out} exists and is not the result of this fusion; give another folder or remove it")
     verify_folder(out)
     return json.loads((out / REPORT).read_text())
