@@ -56,6 +56,16 @@ class World:
         path = write_yaml(self.folder / "pipeline.yaml", recipe)
         return self.store.submit(new_run(make_plan(load_pipeline(path), digests), digests))
 
+    def submit_beside_registered(self, ref: str, digest: str | None = None, **fusion: Any) -> str:
+        """A fusion of `support` and of a finance adapter that another run has registered."""
+        self.submit(finance())
+        self.run()
+        write_yaml(self.folder / "finance.yaml", finance())
+        reference = f"{FINANCE}@{ref}"
+        parents = [{"adapter": reference, "recipe": "finance.yaml"}, {"job": "support"}]
+        digests = {reference: digest or self.registry.version(FINANCE, ref).digest}
+        return self.submit(support(), digests=digests, adapters=parents, **fusion)
+
     def controller(self, run: str | None = None, **changes: Any) -> Controller:
         self.cluster = FakeCluster(faults=self.faults, cpus=changes.pop("cpus", 2.0))
         parts = {"store": self.store, "cluster": self.cluster, "registry": self.registry, "start": at_once}
@@ -847,25 +857,14 @@ def test_controller_of_one_run_leaves_other_runs_waiting(world):
 
 
 def test_registered_adapter_is_fused_by_the_digest_it_was_planned_with(world):
-    world.submit(finance())
-    world.run()
-    write_yaml(world.folder / "finance.yaml", finance())
-    reference = f"{FINANCE}@champion"
-    parents = [{"adapter": reference, "recipe": "finance.yaml"}, {"job": "support"}]
-    digests = {reference: world.registry.version(FINANCE, "champion").digest}
-    world.submit(support(), digests=digests, **fused(adapters=parents))
+    world.submit_beside_registered("champion", **fused())
     world.run()
     assert world.job("fused").status is Status.SUCCEEDED, world.words()
     assert world.registry.version(FUSED, "1").tags["fusion.parents"] == f"{FINANCE}/1,{SUPPORT}/1"
 
 
 def test_registered_adapter_that_moved_since_it_was_planned_is_refused(world):
-    world.submit(finance())
-    world.run()
-    write_yaml(world.folder / "finance.yaml", finance())
-    reference = f"{FINANCE}@champion"
-    parents = [{"adapter": reference, "recipe": "finance.yaml"}, {"job": "support"}]
-    world.submit(support(), digests={reference: "0" * 64}, **fused(adapters=parents))
+    world.submit_beside_registered("champion", digest="0" * 64, **fused())
     world.run()
     assert world.job("fused").status is Status.FAILED
     assert "submit again" in world.job("fused").message

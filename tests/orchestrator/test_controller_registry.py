@@ -15,7 +15,7 @@ from orchestrator.job import Reason, Status
 from tests.contract.memory_registry import MemoryRegistry
 from tests.contract.samples import killed_in_its_move
 from tests.orchestrator.fakes import Later
-from tests.orchestrator.recipe_files import finance, support, write_world, write_yaml
+from tests.orchestrator.recipe_files import finance, support, write_world
 from tests.orchestrator.test_controller import FINANCE, World, tick_until
 
 pytestmark = pytest.mark.usefixtures("unsynced")
@@ -204,13 +204,7 @@ def test_promotion_that_was_interrupted_is_ended_by_the_next_controller(world):
 
 
 def test_registered_parent_that_was_deleted_is_told_in_a_sentence(world):
-    world.submit(finance())
-    world.run()
-    write_yaml(world.folder / "finance.yaml", finance())
-    reference = f"{FINANCE}@1"
-    parents = [{"adapter": reference, "recipe": "finance.yaml"}, {"job": "support"}]
-    digests = {reference: world.registry.version(FINANCE, "1").digest}
-    world.submit(support(), digests=digests, adapters=parents)
+    world.submit_beside_registered("1")
     world.registry.inner._versions.clear()
     world.run()
     fused = world.job("fused")
@@ -219,13 +213,7 @@ def test_registered_parent_that_was_deleted_is_told_in_a_sentence(world):
 
 
 def test_registered_parent_is_fetched_while_others_train(world):
-    world.submit(finance())
-    world.run()
-    write_yaml(world.folder / "finance.yaml", finance())
-    reference = f"{FINANCE}@champion"
-    parents = [{"adapter": reference, "recipe": "finance.yaml"}, {"job": "support"}]
-    digests = {reference: world.registry.version(FINANCE, "champion").digest}
-    world.submit(support(), digests=digests, adapters=parents)
+    world.submit_beside_registered("champion")
     world.registry.hangs_at = "download"
     controller = world.controller(start=on_a_thread)
     controller.recover()
