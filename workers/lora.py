@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -48,18 +47,17 @@ class Adapters:
         """Where rows that lie end to end begin and end, 0 first; empty where they have a dimension."""
         self._joined: dict[tuple[str, torch.Size], list[Run]] = {}
         """The runs of the latest segments, by layer and shape of its input: most ticks are like the last."""
-        self._joined_for: object = None
+        self._joined_for: tuple[int, tuple[Segment, ...], tuple[int, ...]] | None = None
         self.anchor = torch.zeros((), requires_grad=True)
         """Gives a layer a backward pass where its input asks for no gradient."""
 
     @contextmanager
-    def rows(self, segments: Sequence[Segment], lengths: Sequence[int] = ()) -> Generator[None]:
+    def rows(self, segments: Sequence[Segment], ends: tuple[int, ...] = ()) -> Generator[None]:
         """Within the block, forward passes apply these segments' adapters; other rows see the base.
 
-        With `lengths`, of all rows, these lie end to end in one sequence.
+        With `ends` the rows lie end to end in one sequence: where each begins and ends, 0 first.
         """
-        self._segments = tuple(segments)
-        self._ends = tuple(accumulate(lengths, initial=0)) if lengths else ()
+        self._segments, self._ends = tuple(segments), ends
         now = (self.slots.version, self._segments, self._ends)
         if now != self._joined_for:
             self._joined, self._joined_for = {}, now

@@ -54,8 +54,11 @@ class Peaks:
         A resident set keeps what former ticks have freed, and a peak may not be forgotten: a tick that holds
         no more than was held before it tells nothing, unless its passes are larger than all before.
         """
-        most, peak = max(self.samples, default=-1), peak_bytes()
-        if not peak or tokens < most or (tokens == most and peak <= self._before):
+        most = max(self.samples, default=-1)
+        if tokens < most:
+            return
+        peak = peak_bytes()
+        if not peak or (tokens == most and peak <= self._before):
             return  # a system that does not tell has no model
         own = peak - self.bytes_per_parameter * adapter_parameters
         self.samples[tokens] = max(own, self.samples.get(tokens, own))

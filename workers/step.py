@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +56,8 @@ class Batch:
 
     inputs: Mapping[str, Tensor]
     """The model's: [R, T], or [1, N] for rows that lie end to end."""
-    lengths: tuple[int, ...]
-    """Of these; empty for padded rows."""
+    ends: tuple[int, ...]
+    """Where these begin and end, 0 first; empty for padded rows."""
     positions_P: Tensor
     labels_P: Tensor
     weights_P: Tensor
@@ -91,7 +92,7 @@ def forward_only(
 @contextmanager
 def _laid_out(base: Base, batch: Batch) -> Generator[None]:
     """Within the block, passes hold the batch's rows, each seen by its own job's adapter."""
-    with base.adapters.rows(batch.segments, batch.lengths), end_to_end(batch.lengths):
+    with base.adapters.rows(batch.segments, batch.ends), end_to_end(batch.ends):
         yield
 
 
@@ -163,7 +164,7 @@ def _dropout_keys(rows: Sequence[Row], share: Share) -> tuple[DropoutKey, ...]:
 def _laid(
     rows: Sequence[Sequence[int]], padded_length: int, pad_id: int
 ) -> tuple[dict[str, Tensor], tuple[int, ...]]:
-    """A model's inputs and, of rows end to end, their lengths; one row of padding where there is none.
+    """A model's inputs and where rows end to end begin and end; one row of padding where there is none.
 
     Right padding: under a causal mask no real token sees it, so no attention mask is needed.
     """
@@ -173,7 +174,7 @@ def _laid(
     rows = rows or [(pad_id,)]
     tokens = torch.tensor([[token for row in rows for token in row]])
     places = torch.tensor([[place for row in rows for place in range(len(row))]])
-    return {"input_ids": tokens, "position_ids": places}, tuple(map(len, rows))
+    return {"input_ids": tokens, "position_ids": places}, tuple(accumulate(map(len, rows), initial=0))
 
 
 def _read_by_teachers(

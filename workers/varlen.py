@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -27,22 +27,37 @@ NAME = "chorus_varlen"
 TRIED, APART = (2, 7), 0.05
 """Lengths of the rows that a model is tried on, and how far their logits may be apart: bfloat16 rounds."""
 
-_ends: list[tuple[int, ...]] = []
-"""Where the rows of the pass under way begin and end, 0 first. Of the process: the way back may run on a
-thread of its own."""
+
+class _Rows:
+    """The rows of a pass: what its every layer asks of them, made once."""
+
+    def __init__(self, ends: Sequence[int]) -> None:
+        self.spans = tuple(pairwise(ends))
+        self.longest = max(stop - start for start, stop in self.spans)
+        self._ends = tuple(ends)
+        self._cumulative: Tensor | None = None
+
+    def cumulative(self, device: torch.device) -> Tensor:
+        if self._cumulative is None:
+            self._cumulative = torch.tensor(self._ends, dtype=torch.int32, device=device)
+        return self._cumulative
+
+
+_rows: list[_Rows] = []
+"""Of the pass under way. Of the process: the way back may run on a thread of its own."""
 
 
 @contextmanager
-def end_to_end(lengths: Sequence[int]) -> Generator[None]:
-    """Within the block, passes [1, N] hold rows of these lengths; none: they are as they come."""
-    if not lengths:
+def end_to_end(ends: Sequence[int]) -> Generator[None]:
+    """Within the block, passes [1, N] hold rows that begin and end there, 0 first; empty: as they come."""
+    if not ends:
         yield
         return
-    _ends.append(tuple(accumulate(lengths, initial=0)))
+    _rows.append(_Rows(ends))
     try:
         yield
     finally:
-        _ends.pop()
+        _rows.pop()
 
 
 @torch.no_grad()
@@ -55,7 +70,7 @@ def check(model: Any, device: torch.device) -> None:
     places = torch.cat([row - 1 for row in rows], dim=1)
     try:
         alone = torch.cat([model(input_ids=row, use_cache=False).logits for row in rows], dim=1)
-        with end_to_end(TRIED):
+        with end_to_end(tuple(accumulate(TRIED, initial=0))):
             together = model(input_ids=torch.cat(rows, dim=1), position_ids=places, use_cache=False).logits
     except ValueError as error:
         raise BadInput(f"attention: varlen does not suit this model: {error}") from error
@@ -75,48 +90,36 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """[1, N, H, D], as transformers' attention functions give it."""
-    if not _ends:
+    if not _rows:
         return sdpa_attention_forward(module, query_1HND, key_1GND, value_1GND, attention_mask, **options)
     if unknown := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
         raise ValueError(f"it knows no {unknown[0]}; use eager")
     times = query_1HND.shape[1] // key_1GND.shape[1]
     key_1HND, value_1HND = (x.repeat_interleave(times, dim=1) for x in (key_1GND, value_1GND))
-    rows = (query_1HND, key_1HND, value_1HND)
-    window, scale = options.get("sliding_window"), options.get("scaling")
+    parts = tuple(x[0].transpose(0, 1) for x in (query_1HND, key_1HND, value_1HND))
     attend = _flash if query_1HND.is_cuda else _row_by_row
-    return attend(*(x[0].transpose(0, 1) for x in rows), _ends[-1], window, scale)[None], None
+    return attend(parts, _rows[-1], options.get("sliding_window"), options.get("scaling"))[None], None
 
 
-def _flash(
-    query_NHD: Tensor,
-    key_NHD: Tensor,
-    value_NHD: Tensor,
-    ends: tuple[int, ...],
-    window: int | None,
-    scale: float | None,
-) -> Tensor:
+Parts: TypeAlias = tuple[Tensor, ...]
+"""Query, key and value [N, H, D]."""
+
+
+def _flash(parts: Parts, rows: _Rows, window: int | None, scale: float | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    cumulative = torch.tensor(ends, dtype=torch.int32, device=query_NHD.device)
-    longest = max(stop - start for start, stop in pairwise(ends))
+    cumulative, longest = rows.cumulative(parts[0].device), rows.longest
     before = -1 if window is None else window - 1
     lengths = (cumulative, cumulative, longest, longest)
-    found: Any = varlen_attn(query_NHD, key_NHD, value_NHD, *lengths, scale=scale, window_size=(before, 0))
+    found: Any = varlen_attn(*parts, *lengths, scale=scale, window_size=(before, 0))
     return found
 
 
-def _row_by_row(
-    query_NHD: Tensor,
-    key_NHD: Tensor,
-    value_NHD: Tensor,
-    ends: tuple[int, ...],
-    window: int | None,
-    scale: float | None,
-) -> Tensor:
+def _row_by_row(parts: Parts, rows: _Rows, window: int | None, scale: float | None) -> Tensor:
     found: list[Tensor] = []
-    for start, stop in pairwise(ends):
-        row = (x[start:stop].transpose(0, 1)[None] for x in (query_NHD, key_NHD, value_NHD))
-        mask = None if window is None or stop - start <= window else _window(stop - start, window, query_NHD)
+    for start, stop in rows.spans:
+        row = (x[start:stop].transpose(0, 1)[None] for x in parts)
+        mask = None if window is None or stop - start <= window else _window(stop - start, window, parts[0])
         found.append(F.scaled_dot_product_attention(*row, mask, is_causal=mask is None, scale=scale)[0])
     return torch.cat(found, dim=1).transpose(0, 1)
 
@@ -129,7 +132,7 @@ def _window(length: int, window: int, like: Tensor) -> Tensor:
 
 def _mask(*args: Any, **options: Any) -> Tensor | None:
     """None for rows end to end: the attention itself keeps them apart."""
-    return None if _ends else sdpa_mask(*args, **options)
+    return None if _rows else sdpa_mask(*args, **options)
 
 
 AttentionInterface.register(NAME, _attend)
