@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.fairness import Shares
+from orchestrator.host_view import HostView
 from orchestrator.job import REASONS, Reason
 from orchestrator.line import Line
-from orchestrator.placement import HostView, Room
+from orchestrator.placement import Room
 from orchestrator.queue import Need, Waiting, aged
 from orchestrator.scheduler import Decision, Snapshot
 

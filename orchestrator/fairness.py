@@ -27,8 +27,8 @@ class Shares:
         self._policy = policy
         self._past = {team: past_ranks(seconds, policy.half_life) for team, seconds in usage.items()}
         self._held: dict[str, float] = {}
-        self._known: dict[str, dict[float, Share]] = {}
-        """Team -> ranks more -> share, as long as no charge has changed it."""
+        self._shares: dict[str, Share] = {}
+        """As long as no charge has changed it."""
         self._givers: dict[tuple[str, float, bool], set[str]] = {}
         """What `givers` found, as long as no charge has changed it."""
         self.changes = 0
@@ -41,9 +41,9 @@ class Shares:
         """So many ranks more for each; a team may be among them several times."""
         self.changes += 1
         self._givers.clear()
-        held, known = self._held, self._known
+        held, shares = self._held, self._shares
         for team in teams:
-            known.pop(team, None)
+            shares.pop(team, None)
             held[team] = held.get(team, 0.0) + ranks
 
     def held(self, team: str) -> float:
@@ -52,11 +52,11 @@ class Shares:
 
     def share(self, team: str, more: float = 0.0) -> Share:
         """A team's share if it held `more` ranks than it does."""
-        if (known := self._known.get(team)) is None:
-            known = self._known[team] = {}
-        if (share := known.get(more)) is None:
-            share = known[more] = self._share(team, more)
-        return share
+        if more:
+            return self._share(team, more)
+        if (known := self._shares.get(team)) is None:
+            known = self._shares[team] = self._share(team, 0.0)
+        return known
 
     def _share(self, team: str, more: float) -> Share:
         claim = self._policy.team(team)
@@ -75,21 +75,21 @@ class Shares:
         so no chain of them comes back to where it began. A job that has waited to the bound is compared
         without what it asks for: else one larger than its team's share would wait for ever.
         """
-        given = self.share(giver)
-        return given[0] == 1 and _below(self.share(taker, 0.0 if aged else ranks), given)
+        return _gives(self.share(giver), self.share(taker, 0.0 if aged else ranks))
 
     def givers(self, taker: str, ranks: float, *, aged: bool = False) -> set[str]:
         """All teams that hold ranks and may be made to give some to a job of `taker`: see `may_reclaim`."""
         key = taker, ranks, aged
         if (known := self._givers.get(key)) is None:
-            others = (team for team in self._held if team != taker)
-            known = {team for team in others if self.may_reclaim(taker, ranks, team, aged=aged)}
+            taken, share = self.share(taker, 0.0 if aged else ranks), self.share
+            known = {team for team in self._held if team != taker and _gives(share(team), taken)}
             self._givers[key] = known
         return known
 
 
-def _below(one: Share, other: Share) -> bool:
-    return one[0] < other[0] or (one[0] == other[0] and one[1] < other[1] - _ROUNDING)
+def _gives(giver: Share, taker: Share) -> bool:
+    """Whether a team borrows, and stands above what the other would have."""
+    return giver[0] == 1 and (taker[0] == 0 or taker[1] < giver[1] - _ROUNDING)
 
 
 def past_ranks(usage: float, half_life: float) -> float:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from orchestrator.placement import HostView, inviting
+from orchestrator.host_view import HostView
+from orchestrator.placement import inviting
 from orchestrator.scheduler import Snapshot
 
 BYTES_PER_PARAMETER = 16

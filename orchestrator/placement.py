@@ -5,85 +5,17 @@ A refusal is a typed reason; its words are made where it is shown.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from orchestrator.census import Census
 from orchestrator.contracts import Capacity
 from orchestrator.fairness import Shares
+from orchestrator.host_view import HostView, Resident
 from orchestrator.job import Reason
 from orchestrator.poison import apart
-from orchestrator.policy import DEFAULT_TEAM
 from orchestrator.queue import Need, Waiting
-
-
-@dataclass(frozen=True, slots=True)
-class Resident:
-    """A job in a slot."""
-
-    job: str
-    team: str = DEFAULT_TEAM
-    priority: int = 0
-    attained: float = 0.0
-    """Rank-seconds it has had."""
-    remaining: float | None = None
-    """Rank-seconds it still needs, once the time of a step is known."""
-    submitted_at: float = 0.0
-    preempted_at: float | None = None
-    """When it was last preempted."""
-    leaving: bool = False
-    """It was told to leave and has not yet: its slot is not free, and it has nothing to give."""
-
-    def told_to_leave(self) -> Resident:
-        # `dataclasses.replace` takes four times as long, here and below: a decision does it a thousand times.
-        return Resident(
-            self.job, self.team, self.priority, self.attained, self.remaining, self.submitted_at,
-            self.preempted_at, True,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class HostView:
-    """A host as the scheduler sees it."""
-
-    name: str
-    base: str
-    world_size: int
-    slots: int
-    on_gpus: bool = False
-    residents: tuple[Resident, ...] = ()
-    visitors: frozenset[str] = frozenset()
-    """Jobs that are scored on it and hold no slot."""
-    adapter_parameters: int = 0
-    """Of its residents together."""
-    adapter_room: int | None = None
-    """How many its memory has room for in all, by its own measure; None before it has measured."""
-    idle_since: float = 0.0
-    """When its last job left it."""
-    saturated: bool = False
-    """Its residents fill its ticks: with one more each of them is slower, and all together no faster."""
-
-    def takes(self, adapter_parameters: int) -> bool:
-        """Whether one more adapter fits beside its residents', as far as is known."""
-        return self.adapter_room is None or self.adapter_parameters + adapter_parameters <= self.adapter_room
-
-    def never_takes(self, adapter_parameters: int) -> bool:
-        """Whether an adapter would not fit if it had the host for itself."""
-        return self.adapter_room is not None and adapter_parameters > self.adapter_room
-
-    def with_residents(self, residents: tuple[Resident, ...], adapter_parameters: int) -> HostView:
-        return HostView(
-            self.name, self.base, self.world_size, self.slots, self.on_gpus, residents, self.visitors,
-            adapter_parameters, self.adapter_room, self.idle_since, self.saturated,
-        )  # fmt: skip
-
-    @property
-    def idle(self) -> bool:
-        return not self.residents and not self.visitors
-
-    @property
-    def emptying(self) -> bool:
-        """Everyone on it has been told to leave: its ranks are about to be free."""
-        return not self.visitors and all(resident.leaving for resident in self.residents)
 
 
 @dataclass(frozen=True)
@@ -112,7 +44,9 @@ class Room:
         name_seed: int,
         shares: Shares,
         suspects: Mapping[str, int],
+        spared_since: float = math.inf,
     ) -> None:
+        """`spared_since`: see `Census`."""
         self.hosts: dict[str, HostView] = {}
         self.of_base: dict[str, dict[str, HostView]] = {}
         """Base -> its hosts by name."""
@@ -142,21 +76,14 @@ class Room:
         self._slots_coming: dict[str, int] = {}
         self.left: set[str] = set()
         """Hosts that someone was leaving before this decision."""
-        held: dict[str, float] = {}
+        self.census = Census(hosts, spared_since)
         for host in hosts:
-            self._take_in(host, held)
-        for team, ranks in held.items():
+            self._take_in(host, self.census.leaving.get(host.name, 0))
+        for team, ranks in self.census.held.items():
             shares.charge(team, ranks)
 
-    def _take_in(self, host: HostView, held: dict[str, float]) -> None:
-        """Adds to `held`, team -> ranks: a resident that stays holds an equal part of its host's."""
+    def _take_in(self, host: HostView, leaving: int) -> None:
         self._put(host)
-        part, leaving = host.world_size / max(len(host.residents), 1), 0
-        for resident in host.residents:
-            if resident.leaving:
-                leaving += 1
-            else:
-                held[resident.team] = held.get(resident.team, 0.0) + part
         if leaving:
             self.left.add(host.name)
             self._slots_coming[host.base] = self._slots_coming.get(host.base, 0) + leaving
@@ -278,13 +205,14 @@ class Room:
     def release(self, host: str, jobs: Iterable[str]) -> None:
         """Residents are told to leave; their teams hold their ranks no more."""
         before, leaving = self.hosts[host], set(jobs)
-        self._charge(before, -1)
+        part = before.world_size / len(before.residents)
+        gone = [each for each in before.residents if each.job in leaving and not each.leaving]
+        self.shares.charge_each((resident.team for resident in gone), -part)
         residents = tuple(
             resident.told_to_leave() if resident.job in leaving else resident for resident in before.residents
         )
         after = before.with_residents(residents, before.adapter_parameters)
         self._put(after)
-        self._charge(after, 1)
         if after.emptying:
             self.coming += after.world_size
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from orchestrator.placement import HostView, Resident, Room
+from orchestrator.host_view import HostView, Resident
+from orchestrator.placement import Room
 from orchestrator.policy import Policy
 from orchestrator.queue import Standing, Waiting, aged, level, standing
 
@@ -44,13 +45,13 @@ class Preemption:
         self._of_team: dict[str, list[tuple[Worst, str]]] | None = None
         self._seats: dict[str, dict[str, list[tuple[Resident, str]]]] = {}
         self._ranks: dict[tuple[str, str], list[Seat]] = {}
-        self._lowest: dict[str, dict[str, Standing]] = {}
+        self._lowest: dict[tuple[str, str], Standing] = {}
         self._emptied: set[str] = set()
         """Hosts that someone leaves by this decision."""
 
     def slot_for(self, job: Waiting) -> bool:
         """Whether somebody leaves a slot of the job's base for it: of all that may be made to, the worst."""
-        asks, seated = self._asks(job), self._worst_standings(job.base).keys()
+        asks, seated = self._asks(job), self._room.census.worst.get(job.base, {}).keys()
         # A resident of a full host holds the least that the job could ask for.
         givers = self._room.shares.givers(job.team, job.world_size / max(job.slots, 1), aged=asks.aged)
         teams = seated & (givers | {job.team})
@@ -64,7 +65,7 @@ class Preemption:
     def _worst_seat(self, base: str, team: str, asks: Asks) -> tuple[Worst, str] | None:
         """The worst of a team's residents on hosts of a base that may be made to leave; its host."""
         own = team == asks.job.team
-        if own and self._worst_standings(base)[team] <= asks.standing:
+        if own and self._worst_standing(base, team) <= asks.standing:
             return None  # It is asked of most jobs, and answered without an order.
         for worst, host, resident in reversed(self._ranked(base, team)):
             if own and worst[0] <= asks.standing:
@@ -89,23 +90,11 @@ class Preemption:
             known = self._ranks[base, team] = seats
         return known
 
-    def _worst_standings(self, base: str) -> dict[str, Standing]:
-        """Team -> the worst standing of those of its residents on these hosts that are not protected."""
-        if (known := self._lowest.get(base)) is None:
-            worst: dict[str, tuple[tuple[int, float], Resident]] = {}
-            now, protection = self._now, self._policy.protection
-            for host in self._staying(base):
-                for resident in host.residents:
-                    before = resident.preempted_at
-                    if before is not None and now - before < protection:
-                        continue
-                    # In the order of standings, without the search for its level: ten thousands pass here.
-                    service = resident.attained if resident.remaining is None else resident.remaining
-                    key, team = (-resident.priority, service), resident.team
-                    if (worse := worst.get(team)) is None or worse[0] < key:
-                        worst[team] = key, resident
-            known = {team: self._standing(resident) for team, (_, resident) in worst.items()}
-            self._lowest[base] = known
+    def _worst_standing(self, base: str, team: str) -> Standing:
+        """The worst that any of a team's residents on hosts of a base can have that may be preempted."""
+        if (known := self._lowest.get((base, team))) is None:
+            _, resident = self._room.census.worst[base][team]
+            known = self._lowest[base, team] = self._standing(resident)
         return known
 
     def _staying(self, base: str) -> list[HostView]:

@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 
 from orchestrator.contracts import Capacity
 from orchestrator.fairness import Shares
+from orchestrator.host_view import HostView
 from orchestrator.job import Reason
 from orchestrator.line import Line
-from orchestrator.placement import HostView, NewHost, Place, Room
+from orchestrator.placement import NewHost, Place, Room
 from orchestrator.poison import Poison
 from orchestrator.policy import Policy
 from orchestrator.preemption import Preemption
@@ -120,6 +121,7 @@ class Turn:
             snapshot.next_host,
             shares,
             snapshot.poison.suspects,
+            spared_since=snapshot.now - snapshot.policy.protection,
         )
         self.preemption = Preemption(self.room, snapshot.policy, snapshot.now)
         self.light: list[Waiting] = []

@@ -8,7 +8,7 @@ from orchestrator.control.books import Books
 from orchestrator.control.fleet import Host
 from orchestrator.control.submission import NEEDS
 from orchestrator.control.work import Work
-from orchestrator.placement import HostView, Resident
+from orchestrator.host_view import HostView, Resident
 from orchestrator.policy import DEFAULT_TEAM, Policy
 from orchestrator.queue import Need, Waiting
 from orchestrator.scheduler import Snapshot

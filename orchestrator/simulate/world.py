@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from orchestrator.contracts import Capacity
 from orchestrator.fairness import grown
-from orchestrator.placement import HostView, Resident
+from orchestrator.host_view import HostView, Resident
 from orchestrator.policy import DEFAULT_TEAM, Policy
 from orchestrator.queue import Need, Waiting
 from orchestrator.scheduler import Decision, Snapshot

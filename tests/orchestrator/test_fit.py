@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.contracts import Capacity
 from orchestrator.fit import Ask, fit
-from orchestrator.placement import HostView, Resident
+from orchestrator.host_view import HostView, Resident
 from orchestrator.scheduler import Snapshot
 from tests.orchestrator.cli_world import CliWorld
 from tests.orchestrator.fakes import FakeCluster

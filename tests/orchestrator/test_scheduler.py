@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.contracts import Capacity
+from orchestrator.host_view import HostView, Resident
 from orchestrator.job import Reason, Status
-from orchestrator.placement import HostView, NewHost, Resident
+from orchestrator.placement import NewHost
 from orchestrator.policy import Policy, Team
 from orchestrator.queue import Need, Waiting, in_order
 from orchestrator.scheduler import Snapshot, schedule
