@@ -96,20 +96,23 @@ def _write_curves(work: Work, events: Sequence[Event]) -> None:
     for event in events:
         if isinstance(event, Attached | StepDone | Validated) and work.present(event.job, event.attempt):
             told.setdefault((event.job, event.attempt), []).append(event)
-    reports = [_report(work, job, attempt, found) for (job, attempt), found in told.items()]
+    trainings = work.trainings() if told else {}
+    reports = [
+        _report(job, attempt, _series(work, job, trainings.get((job, attempt))), found)
+        for (job, attempt), found in told.items()
+    ]
     if reports:
         work.store.write_reports(reports)
         work.note_progress(reports)
 
 
-def _report(work: Work, job: str, attempt: int, found: Sequence[Attached | StepDone | Validated]) -> Report:
+def _report(job: str, attempt: int, series: str, found: Sequence[Attached | StepDone | Validated]) -> Report:
     points = tuple(event for event in found if not isinstance(event, Attached))
-    return Report(job, attempt, _series(work, job, attempt), points, _progress(found))
+    return Report(job, attempt, series, points, _progress(found))
 
 
-def _series(work: Work, job: str, attempt: int) -> str:
+def _series(work: Work, job: str, flight: Flight | None) -> str:
     """The training at hand: a fusion may have one for its adapter and one for a control."""
-    flight = work.training(job, attempt)
     return flight.step.id if flight else work.order(job).series
 
 

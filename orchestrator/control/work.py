@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -177,7 +177,7 @@ class Work:
         for report in reports:
             row = self.present(report.job, report.attempt)
             if row is not None and report.progress is not None:
-                told = {key: value for key, value in asdict(report.progress).items() if value is not None}
+                told = {key: value for key, value in vars(report.progress).items() if value is not None}
                 self.jobs[report.job] = replace(row, **told)
 
     # ---- status ----------------------------------------------------------------------------------------
@@ -263,10 +263,12 @@ class Work:
         """The host is gone, and with it what it was asked for."""
         self.flights = {key: flight for key, flight in self.flights.items() if flight.host != host.name}
 
+    def trainings(self) -> dict[tuple[str, int], Flight]:
+        """(job, attempt) -> the training that it was sent to do and has not come back from."""
+        return {(f.job, f.attempt): f for f in self.flights.values() if f.step.kind == "train"}
+
     def training(self, job: str, attempt: int) -> Flight | None:
-        """The training that an attempt was sent to do and has not come back from."""
-        asked = (flight for flight in self.flights.values() if flight.step.kind == "train")
-        return next((f for f in asked if (f.job, f.attempt) == (job, attempt)), None)
+        return self.trainings().get((job, attempt))
 
     def drop_training(self, job: str, attempt: int) -> Flight | None:
         """The attempt has left its slot, finished or not; what it was sent to do."""

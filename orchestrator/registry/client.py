@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,10 @@ for _key, _value in SETTINGS.items():
 
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
+from mlflow.utils.credentials import (  # noqa: E402
+    get_default_host_creds,  # pyright: ignore[reportUnknownVariableType]
+)
+from mlflow.utils.rest_utils import http_request_safe  # noqa: E402  # pyright: ignore[reportUnknownVariableType]
 from requests import RequestException  # noqa: E402
 
 from orchestrator.contracts import RegistryUnreachable  # noqa: E402
@@ -51,6 +55,12 @@ def connect(url: str) -> MlflowClient:
 def server_of(client: MlflowClient) -> str:
     """The address `client` was connected to."""
     return str(client.tracking_uri)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+
+
+def post(client: MlflowClient, endpoint: str, body: Mapping[str, Any]) -> None:
+    """A request of MLflow's REST interface, with the credentials, time limits and errors of the client's."""
+    credentials: Any = get_default_host_creds(server_of(client))
+    http_request_safe(credentials, f"/api/2.0/mlflow/{endpoint}", "POST", json=body)
 
 
 @contextmanager

@@ -7,13 +7,14 @@ second time.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_LOGGED_ARTIFACTS
@@ -27,6 +28,7 @@ from orchestrator.registry.client import (
     added_by_another,
     experiment_id,
     metric_key,
+    post,
     quoted,
 )
 from orchestrator.registry.evaluations import as_json, json_value
@@ -72,9 +74,20 @@ def _find(client: MlflowClient, experiment: str, key: str) -> Run | None:
 
 def log_points(client: MlflowClient, run_id: str, points: Sequence[MetricPoint]) -> None:
     """Append to the run's curves. A point logged before (same key, step, time and value) is not repeated."""
-    metrics = [Metric(metric_key(p.key), p.value, p.timestamp_ms, p.step) for p in points]
-    for batch in _batches(metrics, MAX_METRICS):
-        client.log_batch(run_id, metrics=batch)
+    # The request that `client.log_batch` makes. It takes 110 us a step to write it down, as a message of
+    # protobuf and as JSON twice over: with a hundred jobs at work, most of what the controller does.
+    keys = {key: metric_key(key) for key in {point.key for point in points}}
+    for batch in _batches(points, MAX_METRICS):
+        metrics = [
+            {"key": keys[p.key], "value": _number(p.value), "timestamp": p.timestamp_ms, "step": p.step}
+            for p in batch
+        ]
+        post(client, "runs/log-batch", {"run_id": run_id, "metrics": metrics})
+
+
+def _number(value: float) -> float | str:
+    """As protobuf's JSON has it, which knows what JSON does not: `NaN`, `Infinity`, `-Infinity`."""
+    return value if math.isfinite(value) else str(value).replace("nan", "NaN").replace("inf", "Infinity")
 
 
 def log_inputs(client: MlflowClient, run_id: str, datasets: Mapping[str, tuple[str, str]]) -> None:

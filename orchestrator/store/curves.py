@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Table, and_, select, update
+from sqlalchemy import Connection, Engine, Table, and_, bindparam, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from orchestrator.store.engine import patiently
@@ -52,7 +53,7 @@ class CurveStore:
             .order_by(metrics.c.step)
         )
         with self._engine.connect() as connection:
-            return tuple(MetricRow(**row) for row in connection.execute(query).mappings())
+            return tuple(MetricRow(*row) for row in connection.execute(query))
 
     @patiently
     def unexported(self, series: str, limit: int = 200) -> Curves:
@@ -61,8 +62,8 @@ class CurveStore:
         losses = _pending(validations, _validation_columns(), series, limit)
         with self._engine.connect() as connection:
             return Curves(
-                tuple(MetricRow(**row) for row in connection.execute(steps).mappings()),
-                tuple(ValidationRow(**row) for row in connection.execute(losses).mappings()),
+                tuple(MetricRow(*row) for row in connection.execute(steps)),
+                tuple(ValidationRow(*row) for row in connection.execute(losses)),
             )
 
     @patiently
@@ -92,35 +93,35 @@ def write_points(
     losses: dict[tuple[str, int], dict[str, Any]] = {}
     for series, found in points.items():
         for point in found:
-            row = {"series": series, "step": point.step, "at": at, "exported": False}
+            row = {
+                "series": series,
+                "step": point.step,
+                "at": at,
+                "exported": False,
+                "attempt": point.attempt,
+                "loss": finite(point.loss),
+            }
             if isinstance(point, StepDone):
-                steps[series, point.step] = row | _step_values(point)
+                row["grad_norm"] = finite(point.grad_norm)
+                row["learning_rate"] = point.learning_rate
+                row["tokens"] = point.tokens
+                row["seconds"] = point.seconds
+                row["skipped"] = point.skipped
+                steps[series, point.step] = row
             else:
-                values = {"loss": finite(point.loss), "attempt": point.attempt}
-                losses[series, point.step] = row | values
+                losses[series, point.step] = row
     # In one order everywhere, so that two writers cannot wait for each other.
     _upsert(connection, metrics, [steps[key] for key in sorted(steps)])
     _upsert(connection, validations, [losses[key] for key in sorted(losses)])
 
 
 def _step_columns() -> list[Any]:
-    return [column for column in metrics.c if column.name not in ("series", "exported")]
+    """In the order of `MetricRow`."""
+    return [metrics.c[field.name] for field in fields(MetricRow) if field.name in metrics.c]
 
 
 def _validation_columns() -> list[Any]:
-    return [column for column in validations.c if column.name not in ("series", "exported")]
-
-
-def _step_values(point: StepDone) -> dict[str, Any]:
-    return {
-        "attempt": point.attempt,
-        "loss": finite(point.loss),
-        "grad_norm": finite(point.grad_norm),
-        "learning_rate": point.learning_rate,
-        "tokens": point.tokens,
-        "seconds": point.seconds,
-        "skipped": point.skipped,
-    }
+    return [validations.c[field.name] for field in fields(ValidationRow)]
 
 
 def _upsert(connection: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
@@ -142,5 +143,8 @@ def _pending(table: Table, columns: Sequence[Any], series: str, limit: int) -> A
 
 def _mark(connection: Connection, table: Table, series: str, steps: list[int]) -> None:
     if steps:
-        condition = and_(table.c.series == series, table.c.step.in_(steps))
-        connection.execute(update(table).where(condition).values(exported=True))
+        # A row at a time: SQLAlchemy takes longer to write down a list of them than SQLite to look one up.
+        condition = and_(table.c.series == series, table.c.step == bindparam("found"))
+        connection.execute(
+            update(table).where(condition).values(exported=True), [{"found": step} for step in steps]
+        )

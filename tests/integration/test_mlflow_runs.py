@@ -9,6 +9,8 @@ from uuid import uuid4
 
 import pytest
 import yaml
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from orchestrator.contracts import MetricPoint, RegistryConflict
@@ -50,6 +52,22 @@ def test_curve_longer_than_a_batch_logged_twice_has_each_point_once(registry, cl
     history = client.get_metric_history(run, "loss")
     assert [(m.step, m.value) for m in history] == [(p.step, p.value) for p in points]
     assert len(client.get_run(run).data.params) == 150
+
+
+@pytest.mark.parametrize("value", [1 / 3, -0.0, 5e-324, 1e300, float("nan"), float("inf"), float("-inf"), 7])
+def test_points_are_what_mlflows_own_client_logs(registry, client, name, value):
+    run = registry.start_run(name, "jobs", "job", {}, {})
+    registry.log_metrics(run, [MetricPoint("ours@1", value, 3, START)])
+    client.log_batch(run, [Metric("theirs_at_1", value, START, 3)])
+    ours, theirs = (client.get_metric_history(run, key)[0] for key in ("ours_at_1", "theirs_at_1"))
+    assert repr((ours.value, ours.step, ours.timestamp)) == repr(
+        (theirs.value, theirs.step, theirs.timestamp)
+    )
+
+
+def test_points_for_a_run_that_is_not_there_are_refused_by_name(registry):
+    with pytest.raises(MlflowException, match="no-such-run"):
+        registry.log_metrics("no-such-run", [MetricPoint("loss", 1.0, 1, START)])
 
 
 def test_evaluation_logged_twice_has_metrics_plots_and_one_table(
