@@ -6,9 +6,9 @@ residents of its own team that stand below it, and those of other teams by `Shar
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TypeAlias
 
 from orchestrator.host_view import HostView, Resident
@@ -43,7 +43,6 @@ class Preemption:
         self._now = now
         self.preempted: dict[str, str] = {}
         self._of_team: dict[str, list[tuple[Worst, str]]] | None = None
-        self._seats: dict[str, dict[str, list[tuple[Resident, str]]]] = {}
         self._ranks: dict[tuple[str, str], list[Seat]] = {}
         self._lowest: dict[tuple[str, str], Standing] = {}
         self._emptied: set[str] = set()
@@ -85,8 +84,14 @@ class Preemption:
     def _ranked(self, base: str, team: str) -> list[Seat]:
         """A team's residents on hosts of a base that nobody was leaving before, the worst last."""
         if (known := self._ranks.get((base, team))) is None:
-            seats = [(self._worst(resident), host, resident) for resident, host in self._seated(base)[team]]
-            seats.sort()
+            seats = [
+                (self._worst(resident), host.name, resident)
+                for host in self._room.hosts_of(base)
+                if host.name not in self._room.left
+                for resident in host.residents
+                if resident.team == team
+            ]
+            seats.sort(key=itemgetter(0, 1))
             known = self._ranks[base, team] = seats
         return known
 
@@ -95,21 +100,6 @@ class Preemption:
         if (known := self._lowest.get((base, team))) is None:
             _, resident = self._room.census.worst[base][team]
             known = self._lowest[base, team] = self._standing(resident)
-        return known
-
-    def _staying(self, base: str) -> list[HostView]:
-        """The hosts of a base that nobody was leaving before."""
-        left = self._room.left
-        return [host for host in self._room.hosts_of(base) if host.name not in left]
-
-    def _seated(self, base: str) -> dict[str, list[tuple[Resident, str]]]:
-        """The residents of those hosts by team, with the names of their hosts."""
-        if (known := self._seats.get(base)) is None:
-            known = self._seats[base] = defaultdict(list)
-            for host in self._staying(base):
-                name = host.name
-                for resident in host.residents:
-                    known[resident.team].append((resident, name))
         return known
 
     def ranks_for(self, job: Waiting, missing: int) -> bool:

@@ -172,8 +172,9 @@ def _job_stopped(work: Work, event: JobStopped) -> None:
     if event.code == "disk_full":
         folder = work.ledger.checkpoint_dir(work.order(event.job).series)
         work.disk_full(event.job, folder, words, event.attempt)
-    elif event.code == "checkpoints_away":
-        work.pause(event.job, Reason.CHECKPOINTS_AWAY, words, event.attempt)
+    elif event.code in ("checkpoints_away", "waits_for_memory"):
+        # The host may have less memory than it makes out to the scheduler, which would place the job at once.
+        work.pause(event.job, Reason(event.code), words, event.attempt)
     else:
         work.switch(event.job, Reason(event.code), words, attempt=event.attempt)
 

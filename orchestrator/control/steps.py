@@ -37,8 +37,8 @@ from orchestrator.queue import Need, Waiting
 from orchestrator.store.rows import JobRow
 from workers.types import Attach, Command, Evaluate, ExportTask, FuseTask, SearchSpec, SearchWeights, Task
 
-PAUSED = (Reason.DISK_FULL, Reason.CHECKPOINTS_AWAY)
-"""Of jobs that are tried again after a pause: what they could not keep, they may later."""
+PAUSED = (Reason.DISK_FULL, Reason.CHECKPOINTS_AWAY, Reason.WAITS_FOR_MEMORY)
+"""Of jobs that are tried again after a pause: what they found no room for, they may later."""
 
 
 class Steps:

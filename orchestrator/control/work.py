@@ -222,7 +222,7 @@ class Work:
         self.pause(job, Reason.DISK_FULL, f"{message}; {room(folder)}", attempt)
 
     def pause(self, job: str, reason: Reason, message: str, attempt: int | None = None) -> None:
-        """Queue a job again for after a pause, each twice as long: what it could not keep, it may later."""
+        """Queue a job again for after a pause, each twice as long: there may be room, or a way, by then."""
         self._pauses.setdefault(job, Backoff(self.clock)).failed()
         self.switch(job, reason, message, attempt=attempt)
 

@@ -87,7 +87,7 @@ class FakeHost:
         if held is not None and held[0].attempt == spec.attempt:
             return []  # said twice
         assert len(self.residents) < self.ready.slots, "no free slot"
-        if self.faults.adapter_room is not None and self.residents:
+        if (self.faults.alone or self.faults.adapter_room is not None) and self.residents:
             return [
                 JobStopped(spec.job, spec.attempt, 0, "waits_for_memory", "it does not fit beside others")
             ]
@@ -146,6 +146,8 @@ class Faults:
     evaluation_error: str = ""
     adapter_room: int | None = None
     """What hosts have measured; a host that has takes one adapter at a time."""
+    alone: bool = False
+    """Hosts have no memory for a second adapter, and do not know it."""
     task_result: TaskResult | None = None
     task_polls: int = 0
     """How often a task is asked for its result before it has one."""

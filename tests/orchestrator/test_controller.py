@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -646,6 +647,17 @@ def test_jobs_that_do_not_fit_together_train_one_after_the_other(world):
     world.run(on_tick=lambda: reasons.update(job.reason for job in world.store.jobs()))
     assert set(world.statuses().values()) == {Status.SUCCEEDED}
     assert Reason.WAITS_FOR_MEMORY in reasons
+
+
+def test_job_that_a_host_finds_no_memory_for_is_tried_again_ever_more_rarely(world):
+    world.submit(finance(max_steps=40), support(max_steps=40))
+    world.faults.alone = True
+    world.run()
+    assert set(world.statuses().values()) == {Status.SUCCEEDED}
+    tried = Counter(command.job.job.rpartition(".")[2] for command in world.cluster.asked("Attach"))
+    assert sorted(tried)[:2] == ["finance", "support"]
+    # After 1, 2, 4, 8 ... seconds, each a step of the other's.
+    assert 3 <= max(tried["finance"], tried["support"]) <= 7
 
 
 def test_job_larger_than_the_memory_of_its_host_fails_in_words(world):
