@@ -69,7 +69,7 @@ def read_outcome(value: Mapping[str, Any]) -> Outcome:
 def outcome(store: Store, jobs: Sequence[JobRow]) -> Outcome:
     """What the jobs have come to so far."""
     planned = [read_order(job.plan).job for job in jobs]
-    done = store.finished_steps({step.id for job in planned for step in job.steps})
+    done = store.steps.read({step.id for job in planned for step in job.steps})
     return Outcome(
         scores=tuple(score for job in planned for score in _scores(job, planned, done)),
         versions=tuple(made for job in planned for made in _versions(job, done)),

@@ -58,10 +58,10 @@ def releases_of(jobs: Iterable[JobRow]) -> tuple[Path, ...]:
 
 def forget_lost_releases(store: Store, plan: Plan) -> None:
     """A release whose folder was removed is to be written again; the store would take it for done."""
-    done = store.finished_ids(set(releases(plan)))
+    done = store.steps.finished(set(releases(plan)))
     for step, folder in releases(plan).items():
         if step in done and not folder.exists():
-            store.forget_step(step)
+            store.steps.forget(step)
 
 
 def refuse_taken_releases(store: Store, plan: Plan) -> None:
@@ -70,7 +70,7 @@ def refuse_taken_releases(store: Store, plan: Plan) -> None:
     A run that is gone on with may have written its folder just before it was killed: the export looks then.
     """
     begun = any(not run.status.finished for run in store.runs_of_key(plan.key))
-    done = store.finished_ids(set(releases(plan)))
+    done = store.steps.finished(set(releases(plan)))
     for step, folder in releases(plan).items():
         if folder.exists() and step not in done and not begun:
             raise BadInput(
@@ -83,4 +83,4 @@ def all_done(store: Store, plan: Plan) -> bool:
     """Whether the last run of this plan has succeeded and nothing of it is to be done again."""
     last = next(iter(store.runs_of_key(plan.key)), None)
     steps = set(plan.steps)
-    return last is not None and last.status == "SUCCEEDED" and store.finished_ids(steps) == steps
+    return last is not None and last.status == "SUCCEEDED" and store.steps.finished(steps) == steps

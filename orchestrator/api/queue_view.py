@@ -31,7 +31,7 @@ class Queue:
 
     @classmethod
     def read(cls, store: Store) -> Queue:
-        board = store.board(NAME)
+        board = store.boards.read(NAME)
         if board is None:
             return cls()
         return cls(tuple(job for job, _ in board.value["line"]), tuple(board.value["hosts"]), board.at)

@@ -241,5 +241,5 @@ def _one_job(store: Store, job: JobRow) -> Value:
     (view,) = _views(store, [job])
     events: Sequence[Value] = [event_view(event) for event in store.events(job.id)]
     steps = read_order(job.plan).job.steps
-    done = store.finished_ids({step.id for step in steps})
+    done = store.steps.finished({step.id for step in steps})
     return {**view, "steps": steps_view(steps, done), "events": events}

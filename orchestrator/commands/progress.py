@@ -57,7 +57,7 @@ class RunProgress:
         for job in jobs:
             self._orders.setdefault(job.id, read_order(job.plan))
         steps = {step.id for order in self._orders.values() for step in order.job.steps}
-        finished, counts = self._store.finished_ids(steps), read_progress(self._store)
+        finished, counts = self._store.steps.finished(steps), read_progress(self._store)
         return tuple(
             self._progress(job, self._orders[job.id], finished, counts.get(job.id, {})) for job in jobs
         )

@@ -106,7 +106,7 @@ def _done(parts: Parts, home: Home, planned: Plan) -> set[str]:
     if not home.has_store:
         return set()
     with parts.store(home) as store:
-        return store.finished_ids(set(planned.steps))
+        return store.steps.finished(set(planned.steps))
 
 
 def _planned_view(job: PlannedJob, pipeline: LoadedPipeline, done: set[str]) -> dict[str, Any]:

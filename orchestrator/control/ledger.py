@@ -51,7 +51,7 @@ class Ledger:
         """Read from the store what is finished of a job's steps. Once a job: who submitted it may have
         forgotten a step that was known to be done, as what it made is gone."""
         steps = {step.id for step in order.job.steps}
-        rows = self._store.finished_steps(steps)
+        rows = self._store.steps.read(steps)
         for step in steps - rows.keys():
             self._results.pop(step, None)
         self._results |= {step: row.result for step, row in rows.items()}
@@ -67,23 +67,23 @@ class Ledger:
     def registered(self, order: Order) -> bool:
         """Whether a job has made its version, at hand or long finished."""
         step = order.job.step("register").id
-        return step in self._results or bool(self._store.finished_ids({step}))
+        return step in self._results or bool(self._store.steps.finished({step}))
 
     def result(self, step: str) -> Mapping[str, Any]:
         """A finished step's result. Raises KeyError. An errand may ask: this changes nothing."""
         if (known := self._results.get(step)) is not None:
             return known
         # Done by a job that is not at hand any more.
-        return self._store.finished_steps({step})[step].result
+        return self._store.steps.read({step})[step].result
 
     def finish(self, step: str, kind: str, job: str, result: Mapping[str, Any]) -> None:
-        self._store.finish_step(step, kind, job, result)
+        self._store.steps.finish(step, kind, job, result)
         self._results[step] = result
         self.changes += 1
 
     def forget(self, lost: LostFolder) -> None:
         """Make a step undone; an altered folder is moved aside, as a published one is never overwritten."""
-        self._store.forget_step(lost.step)
+        self._store.steps.forget(lost.step)
         self.changes += 1
         self._results.pop(lost.step, None)
         if lost.folder.exists():

@@ -57,7 +57,7 @@ class Board:
         if (value, decided_on) != (self._shown, self._decided_on) or now - self._at >= ALIVE_SECONDS:
             self._put(value, now)
             self._decided_on = decided_on
-            self._work.store.show(SNAPSHOT, _SNAPSHOT.dump_python(snapshot, mode="json"))
+            self._work.store.boards.show(SNAPSHOT, _SNAPSHOT.dump_python(snapshot, mode="json"))
 
     def show_progress(self) -> None:
         """How far the tasks and searches under way are, job by job."""
@@ -68,18 +68,18 @@ class Board:
             for key, progress in work.progress.items()
         }
         if value != self._progress and (not value or not 0 <= now - self._progress_at < SHOW_SECONDS):
-            work.store.show(PROGRESS, value)
+            work.store.boards.show(PROGRESS, value)
             self._progress, self._progress_at = value, now
 
     def clear(self) -> None:
         """The hosts are gone, and nothing is under way."""
         if self._progress:
-            self._work.store.show(PROGRESS, {})
+            self._work.store.boards.show(PROGRESS, {})
             self._progress = {}
         self._put({**self._value([], []), "process": None}, self._work.clock())
 
     def _put(self, value: dict[str, Any], now: float) -> None:
-        self._work.store.show(NAME, value)
+        self._work.store.boards.show(NAME, value)
         self._shown, self._at = value, now
 
     def _value(self, hosts: list[dict[str, Any]], line: list[list[str]]) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def works_elsewhere(store: Store, home: Path) -> bool:
 
     One that was killed seems to live for twice the time within which it would have shown itself.
     """
-    board = store.board(NAME)
+    board = store.boards.read(NAME)
     if board is None or board.value["process"] is None or board.age > 2 * ALIVE_SECONDS:
         return False
     here = platform.node(), str(home.resolve())
@@ -100,7 +100,7 @@ def works_elsewhere(store: Store, home: Path) -> bool:
 
 def read_snapshot(store: Store) -> tuple[Snapshot, float] | None:
     """The last snapshot that was shown, and when; None if there is none that this version can read."""
-    board = store.board(SNAPSHOT)
+    board = store.boards.read(SNAPSHOT)
     try:
         return None if board is None else (_SNAPSHOT.validate_python(board.value), board.at)
     except ValueError:
@@ -109,7 +109,7 @@ def read_snapshot(store: Store) -> tuple[Snapshot, float] | None:
 
 def read_progress(store: Store) -> dict[str, dict[str, Any]]:
     """Job -> {"step": kind, "done", "total"} for those that are at something done one by one."""
-    board = store.board(PROGRESS)
+    board = store.boards.read(PROGRESS)
     return dict(board.value) if board is not None else {}
 
 

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Table, and_, bindparam, select, update
+from sqlalchemy import Connection, Table, and_, bindparam, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from orchestrator.store.engine import patiently
+from orchestrator.store.engine import Part, patiently
 from orchestrator.store.rows import Curves, MetricRow, ValidationRow
-from orchestrator.store.tables import WRITES, metrics, validations
+from orchestrator.store.tables import metrics, validations
 from workers.types import StepDone, Validated
 
 
@@ -25,13 +25,8 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-class CurveStore:
+class CurveStore(Part):
     """Reads and writes `metrics` and `validations`."""
-
-    def __init__(self, engine: Engine, patience: float) -> None:
-        self._engine = engine
-        self.patience = patience
-        self._writer = engine.execution_options(**{WRITES: True})
 
     @patiently
     def write(self, series: str, points: Sequence[StepDone | Validated], at: float) -> None:

@@ -90,6 +90,16 @@ class Patient(Protocol):
     """Seconds."""
 
 
+class Part:
+    """Of the store: what reads and writes some tables beside those of jobs."""
+
+    def __init__(self, engine: Engine, patience: float, clock: Callable[[], float]) -> None:
+        self.patience = patience
+        self._engine = engine
+        self._writer = engine.execution_options(**{WRITES: True})
+        self._clock = clock
+
+
 S = TypeVar("S", bound=Patient)
 
 

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from sqlalchemy import Engine, func, insert, select
+from sqlalchemy import func, insert, select
 from sqlalchemy.exc import IntegrityError
 
 from orchestrator.store import tables
-from orchestrator.store.engine import patiently
+from orchestrator.store.engine import Part, patiently
 
 _NEWEST = select(func.max(tables.controllers.c.epoch))
 
 
-class EpochStore:
+class EpochStore(Part):
     """Writes and reads `controllers`."""
-
-    def __init__(self, engine: Engine, clock: Callable[[], float], patience: float) -> None:
-        self.patience = patience
-        self._engine = engine
-        self._writer = engine.execution_options(**{tables.WRITES: True})
-        self._clock = clock
 
     def begin(self, who: str) -> int:
         """Be the controller from now on.

@@ -5,19 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Engine, insert, select, update
+from sqlalchemy import insert, select, update
 
 from orchestrator.store import tables
-from orchestrator.store.engine import patiently
+from orchestrator.store.engine import Part, patiently
 
 
-class SchedulingStore:
+class SchedulingStore(Part):
     """One row. Its writer is the controller that runs the store's jobs."""
-
-    def __init__(self, engine: Engine, patience: float) -> None:
-        self.patience = patience
-        self._engine = engine
-        self._writer = engine.execution_options(**{tables.WRITES: True})
 
     @patiently
     def read(self) -> dict[str, Any] | None:

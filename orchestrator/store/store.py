@@ -1,8 +1,9 @@
-"""The SQL store: runs, jobs, finished steps, events, requests. The only writer of a job's status.
+"""The SQL store: runs, jobs, events, requests. The only writer of a job's status.
 
 Every method is one short transaction with no work inside, and may be done twice: while a server does not
 answer it is done again. `switch_status` is the one door through which a status changes; it writes the event
-in the same transaction. Curves are in `curves`, how a submission is written in `submitting`.
+in the same transaction. What hangs on no status has a part of its own: `curves`, `steps`, `boards`,
+`epochs`, `scheduling`; how a submission and a host's reports are written is in `submitting` and `reports`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, bindparam, delete, func, insert, select, update
+from sqlalchemy import Connection, RowMapping, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from orchestrator.job import (
@@ -25,7 +26,8 @@ from orchestrator.job import (
     within_budget,
 )
 from orchestrator.store import tables
-from orchestrator.store.curves import CurveStore, write_points
+from orchestrator.store.boards import BoardStore
+from orchestrator.store.curves import CurveStore
 from orchestrator.store.engine import PATIENCE, open_engine, patiently
 from orchestrator.store.epochs import EpochStore
 from orchestrator.store.reading import (
@@ -38,8 +40,8 @@ from orchestrator.store.reading import (
     portions,
     read_runs,
 )
+from orchestrator.store.reports import write_reports
 from orchestrator.store.rows import (
-    Board,
     EventRow,
     JobRow,
     MetricRow,
@@ -49,10 +51,10 @@ from orchestrator.store.rows import (
     Request,
     RequestKind,
     RunRow,
-    StepRow,
 )
 from orchestrator.store.scheduling import SchedulingStore
 from orchestrator.store.schema import migrate
+from orchestrator.store.steps import StepStore
 from orchestrator.store.submitting import submit, write_event
 
 
@@ -74,9 +76,12 @@ class Store:
         self._writer = engine.execution_options(**{tables.WRITES: True})
         self._clock = clock
         self.patience = patience
-        self.curves = CurveStore(engine, patience)
-        self.scheduling = SchedulingStore(engine, patience)
-        self.epochs = EpochStore(engine, clock, patience)
+        parts = engine, patience, clock
+        self.curves = CurveStore(*parts)
+        self.scheduling = SchedulingStore(*parts)
+        self.epochs = EpochStore(*parts)
+        self.steps = StepStore(*parts)
+        self.boards = BoardStore(*parts)
         self._migrate()
 
     @patiently
@@ -93,7 +98,7 @@ class Store:
 
     def wait_for_it(self, seconds: float) -> None:
         """Wait so long for a server that is away, from now on."""
-        for patient in (self, self.curves, self.scheduling, self.epochs):
+        for patient in (self, self.curves, self.scheduling, self.epochs, self.steps, self.boards):
             patient.patience = seconds
 
     # ---- runs and jobs ----------------------------------------------------------------------------------
@@ -283,10 +288,7 @@ class Store:
     def write_reports(self, reports: Sequence[Report]) -> None:
         """Curves and progress of several attempts in one transaction; those of stale attempts are dropped."""
         with self._writer.begin() as db:
-            present = _attempts(db, {report.job for report in reports})
-            heard = [report for report in reports if present.get(report.job) == report.attempt]
-            write_points(db, {report.series: report.points for report in heard}, self._clock())
-            _write_progress(db, heard)
+            write_reports(db, reports, self._clock())
 
     @patiently
     def events(self, job: str) -> tuple[EventRow, ...]:
@@ -299,49 +301,6 @@ class Store:
     def metrics(self, job: str, after: int = -1) -> tuple[MetricRow, ...]:
         """A job's training curve beyond step `after`."""
         return self.curves.read(self.job(job).series, after)
-
-    # ---- finished steps -------------------------------------------------------------------------------
-
-    @patiently
-    def finish_step(self, step: str, kind: str, job: str, result: Mapping[str, Any]) -> None:
-        """Record a step as done. A second record of the same step changes nothing: the first one stands."""
-        row = {"id": step, "kind": kind, "job": job, "result": dict(result), "finished_at": self._clock()}
-        with self._writer.begin() as db:
-            query = select(tables.steps.c.id).where(tables.steps.c.id == step)
-            if db.execute(query).first() is None:
-                db.execute(insert(tables.steps), row)
-
-    @patiently
-    def forget_step(self, step: str) -> None:
-        """Take a step's record back because what it made is gone: it will be done again."""
-        with self._writer.begin() as db:
-            db.execute(delete(tables.steps).where(tables.steps.c.id == step))
-
-    @patiently
-    def finished_ids(self, steps: set[str]) -> set[str]:
-        """Those among `steps` that are finished. Their results, which may be long, are not read."""
-        query, found = select(tables.steps.c.id), tables.steps.c.id
-        with self._engine.connect() as db:
-            return {
-                step
-                for some in portions(steps)
-                for step in db.execute(query.where(found.in_(some))).scalars()
-            }
-
-    @patiently
-    def finished_steps(self, steps: set[str] | None = None) -> dict[str, StepRow]:
-        """Finished steps by id: those among `steps`, or all."""
-        query, found = select(tables.steps), tables.steps.c.id
-        with self._engine.connect() as db:
-            if steps is None:
-                rows = list(db.execute(query).mappings())
-            else:
-                rows = [
-                    row
-                    for some in portions(steps)
-                    for row in db.execute(query.where(found.in_(some))).mappings()
-                ]
-        return {row["id"]: StepRow(**row) for row in rows}
 
     # ---- requests -------------------------------------------------------------------------------------
 
@@ -366,24 +325,6 @@ class Store:
         with self._writer.begin() as db:
             db.execute(update(tables.requests).where(row).values(handled_at=self._clock()))
 
-    # ---- boards ---------------------------------------------------------------------------------------
-
-    @patiently
-    def show(self, name: str, value: Any) -> None:
-        """Put something up for commands that only look; it takes the place of what was there."""
-        row = {"value": value, "at": self._clock()}
-        with self._writer.begin() as db:
-            changed = db.execute(update(tables.boards).where(tables.boards.c.name == name).values(**row))
-            if changed.rowcount == 0:
-                db.execute(insert(tables.boards), {"name": name, **row})
-
-    @patiently
-    def board(self, name: str) -> Board | None:
-        query = select(tables.boards.c.value, tables.boards.c.at).where(tables.boards.c.name == name)
-        with self._engine.connect() as db:
-            row = db.execute(query).first()
-        return Board(row.value, row.at, self._clock() - row.at) if row is not None else None
-
 
 def _consequences(
     row: JobRow, status: Status, reason: Reason, host: str | None, now: float
@@ -404,36 +345,6 @@ def _times_ended(db: Connection, job: str, reason: Reason) -> int:
     events = tables.events.c
     ended = (events.job == job) & (events.reason == reason.value) & (events.before != Status.WAITING.value)
     return db.execute(select(func.count()).select_from(tables.events).where(ended)).scalar_one()
-
-
-def _attempts(db: Connection, jobs: set[str]) -> dict[str, int]:
-    query = select(tables.jobs.c.id, tables.jobs.c.attempt)
-    # Locked, in one order, so that no attempt can end before its reports are written.
-    rows = [
-        row
-        for some in portions(jobs)
-        for row in db.execute(
-            query.where(tables.jobs.c.id.in_(some)).order_by(tables.jobs.c.id).with_for_update()
-        )
-    ]
-    return {row.id: row.attempt for row in rows}
-
-
-def _write_progress(db: Connection, reports: Sequence[Report]) -> None:
-    """What a report does not say stays as it is."""
-    names = ("step", "num_steps", "loss", "tokens_per_second")
-    rows = [
-        {"key": report.job, **{f"new_{name}": getattr(report.progress, name) for name in names}}
-        for report in reports
-        if report.progress is not None
-    ]
-    if rows:
-        columns = tables.jobs.c
-        values = {
-            name: func.coalesce(bindparam(f"new_{name}", type_=columns[name].type), columns[name])
-            for name in names
-        }
-        db.execute(update(tables.jobs).where(columns.id == bindparam("key")).values(**values), rows)
 
 
 def _find(db: Connection, job: str) -> RowMapping:

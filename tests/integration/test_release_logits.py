@@ -110,7 +110,7 @@ def load(folder, dtype=torch.float32):
 def made_by(folder, kind):
     """The adapter folder in the home that the run's only step of that kind made: what the host scored."""
     store = Store.open(folder / ".chorus" / "chorus.db")
-    (step,) = (step for step in store.finished_steps().values() if step.kind == kind)
+    (step,) = (step for step in store.steps.read().values() if step.kind == kind)
     store.close()
     return folder / ".chorus" / step.result["adapter_dir"]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.contracts import Capacity, LivingHost, TaskResult
+from orchestrator.store.engine import Part
 from workers.manifest import folder_digest, json_digest, publish_folder, verify_folder
 from workers.types import (
     Attach,
@@ -341,6 +342,8 @@ class Mortal:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._inner, name)
+        if isinstance(value, Part):
+            return Mortal(value, self._tick)
         if not callable(value):
             return value
 

@@ -84,8 +84,8 @@ def kill_after(world: Lived, calls: int) -> bool:
     fuse = Fuse(calls)
     cluster = Lasting(world.machines, 2.0, world.faults)
     parts = {"store": world.store, "registry": world.registry, "cluster": cluster}
-    controller = world.controller(**{name: Mortal(part, fuse) for name, part in parts.items()})
     try:
+        controller = world.controller(**{name: Mortal(part, fuse) for name, part in parts.items()})
         controller.recover()
         while controller.tick():
             world.now += 1.0

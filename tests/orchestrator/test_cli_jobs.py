@@ -10,7 +10,7 @@ import yaml
 from orchestrator.api import service
 from orchestrator.commands.progress import RunProgress
 from orchestrator.registry.server import ServerFailed
-from orchestrator.store.store import Store
+from orchestrator.store.steps import StepStore
 from tests.orchestrator.cli_world import CliWorld, assert_one_sentence
 
 pytestmark = pytest.mark.usefixtures("unsynced")
@@ -114,7 +114,7 @@ def test_looks_that_only_ask_which_steps_are_done_read_no_results(done, monkeypa
     def refuse(*_):
         raise AssertionError("results may be megabytes")
 
-    monkeypatch.setattr(Store, "finished_steps", refuse)
+    monkeypatch.setattr(StepStore, "read", refuse)
     assert all(step["done"] for step in done.read("status", "fused")["steps"])
     assert all(step["done"] for job in done.read("plan", done.two_jobs())["jobs"] for step in job["steps"])
     with done.open_store(done.home) as store:

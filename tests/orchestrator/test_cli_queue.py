@@ -280,7 +280,7 @@ def test_hosts_and_teams_show_who_sits_where_while_a_controller_works(world):
         def poll(self, host):
             events = super().poll(host)
             with world.open_store(world.home) as store:
-                board = store.board("controller")
+                board = store.boards.read("controller")
             if board and board.value["hosts"] and board.value["hosts"][0]["residents"] and not seen:
                 seen.update(hosts=board.value["hosts"])
             return events
@@ -361,7 +361,7 @@ def test_ps_tells_the_place_in_line(world):
     world.chorus("submit", world.two_jobs())
     with world.open_store(world.home) as store:
         first, second, third = (job.id for job in store.jobs())
-        store.show("controller", {"hosts": [], "line": [[second, "x"], [first, "x"]]})
+        store.boards.show("controller", {"hosts": [], "line": [[second, "x"], [first, "x"]]})
     assert {job["id"]: job["position"] for job in world.read("ps")} == {first: 2, second: 1, third: None}
 
 

@@ -566,12 +566,12 @@ def test_step_that_was_forgotten_is_done_again_by_a_controller_that_knew_it_done
 
     def forget() -> None:
         if world.job("finance").status is Status.SUCCEEDED and not again:
-            promote = next(row for row in world.store.finished_steps().values() if row.kind == "promote")
-            world.store.forget_step(promote.id)
+            promote = next(row for row in world.store.steps.read().values() if row.kind == "promote")
+            world.store.steps.forget(promote.id)
             again.append(world.submit(finance()))
 
     world.run(on_tick=forget)
-    promotions = [row for row in world.store.finished_steps().values() if row.kind == "promote"]
+    promotions = [row for row in world.store.steps.read().values() if row.kind == "promote"]
     assert {row.job for row in promotions} == {f"{again[0]}.finance", world.job("support").id}
 
 

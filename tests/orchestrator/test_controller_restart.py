@@ -38,7 +38,7 @@ def outcome(world: World) -> dict[str, Any]:
             ((move.name, move.source, move.target) for move in registry.releases), key=itemgetter(0)
         ),
         "released": sorted(path.name for path in (world.folder / "released").iterdir()),
-        "steps": Counter(row.kind for row in world.store.finished_steps().values()),
+        "steps": Counter(row.kind for row in world.store.steps.read().values()),
     }
 
 
@@ -88,8 +88,8 @@ def kill_after(world: World, calls: int) -> bool:
     """Start a controller that dies at its n-th call of the store, the cluster or the registry; did it?"""
     fuse = Fuse(calls)
     parts = {name: Mortal(getattr(world, name), fuse) for name in ("store", "registry")}
-    controller = world.controller(**parts)
     try:
+        controller = world.controller(**parts)
         controller.recover()
         while controller.tick():
             world.now += 1.0

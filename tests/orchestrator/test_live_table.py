@@ -26,7 +26,7 @@ def submitted(tmp_path):
     plan = make_plan(load_pipeline(path))
     store = Store.open(tmp_path / "chorus.db")
     job = store.jobs(store.submit(new_run(plan)))[0].id
-    store.finish_step(plan.jobs[0].step("evaluate_base").id, "evaluate_base", job, {})
+    store.steps.finish(plan.jobs[0].step("evaluate_base").id, "evaluate_base", job, {})
     store.switch_status(job, Reason.PLACED, host="host-1")
     store.switch_status(job, Reason.ATTACHED)
     now = [0.0]

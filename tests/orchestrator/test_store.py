@@ -249,31 +249,31 @@ def test_last_event_moves_with_every_submission_and_switch(store, job):
 
 
 def test_board_shows_what_was_put_up_last(store):
-    assert store.board("hosts") is None
-    store.show("hosts", [1])
-    store.show("hosts", [2, {"a": None}])
-    assert store.board("hosts").value == [2, {"a": None}]
+    assert store.boards.read("hosts") is None
+    store.boards.show("hosts", [1])
+    store.boards.show("hosts", [2, {"a": None}])
+    assert store.boards.read("hosts").value == [2, {"a": None}]
 
 
 def test_finish_step_twice_keeps_the_first_result(store, job):
-    store.finish_step("s1", "train", job, {"adapter_dir": "x"})
-    store.finish_step("s1", "train", job, {"adapter_dir": "y"})
-    assert store.finished_steps()["s1"].result == {"adapter_dir": "x"}
+    store.steps.finish("s1", "train", job, {"adapter_dir": "x"})
+    store.steps.finish("s1", "train", job, {"adapter_dir": "y"})
+    assert store.steps.read()["s1"].result == {"adapter_dir": "x"}
 
 
 def test_finished_steps_of_a_choice_gives_only_those_recorded(store, job):
-    store.finish_step("s1", "train", job, {})
-    store.finish_step("s2", "evaluate", job, {})
-    assert set(store.finished_steps({"s2", "s3"})) == {"s2"}
-    store.forget_step("s2")
-    assert set(store.finished_steps()) == {"s1"}
+    store.steps.finish("s1", "train", job, {})
+    store.steps.finish("s2", "evaluate", job, {})
+    assert set(store.steps.read({"s2", "s3"})) == {"s2"}
+    store.steps.forget("s2")
+    assert set(store.steps.read()) == {"s1"}
 
 
 def test_finished_ids_are_those_of_a_choice_however_large(store, job):
     for number in range(3):
-        store.finish_step(f"s{number}", "train", job, {"a": number})
-    assert store.finished_ids({f"s{number}" for number in range(1, 1200)}) == {"s1", "s2"}
-    assert store.finished_ids(set()) == set()
+        store.steps.finish(f"s{number}", "train", job, {"a": number})
+    assert store.steps.finished({f"s{number}" for number in range(1, 1200)}) == {"s1", "s2"}
+    assert store.steps.finished(set()) == set()
 
 
 def test_request_stays_open_until_closed(store, job):

@@ -69,7 +69,7 @@ def test_store_from_before_migrations_is_taken_over_with_its_jobs(store_url):
         assert [job.name for job in store.jobs()] == ["a", "both"]
         assert store.submit(pipeline()) == store.runs()[0].id
         store.switch_status(store.jobs()[0].id, Reason.PLACED)
-        store.show("hosts", [])
+        store.boards.show("hosts", [])
     assert differences(store_url) == []
 
 
