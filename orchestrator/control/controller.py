@@ -12,45 +12,37 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-from sqlalchemy.exc import SQLAlchemyError
-
-from orchestrator.contracts import Cluster, ClusterUnreachable, NoSuchVersion, Registry, RegistryUnreachable
+from orchestrator.contracts import Cluster, Registry
 from orchestrator.control import picture
+from orchestrator.control.acting import Acting
 from orchestrator.control.adoption import adopt
 from orchestrator.control.curve_export import Backoff, CurveExport
 from orchestrator.control.errands import Errands, Start, on_a_thread
+from orchestrator.control.guard import Guard
 from orchestrator.control.host_events import hear
-from orchestrator.control.ledger import LostFolder
 from orchestrator.control.pace import TICK_SECONDS, Pace
-from orchestrator.control.registration import GateFailed, Registration
+from orchestrator.control.registration import Registration
 from orchestrator.control.requests import grant
 from orchestrator.control.show import Board
 from orchestrator.control.steps import Steps
 from orchestrator.control.work import Work
-from orchestrator.disk import is_full, scarce
 from orchestrator.job import Reason, Status
-from orchestrator.placement import NewHost
 from orchestrator.policy import Policy
 from orchestrator.queue import Waiting, parents_verdict
 from orchestrator.recipe.teams import PolicyFile
-from orchestrator.scheduler import Decision, schedule
-from orchestrator.store.engine import StoreUnreachable
-from orchestrator.store.rows import JobRow
+from orchestrator.scheduler import schedule
 from orchestrator.store.store import Store
 from orchestrator.who import user_at_machine
-from workers.types import BadInput, CheckpointsAway, Superseded
+from workers.types import Superseded
 
 DECIDE_SECONDS = 1.0
 """What depends on the clock alone (waits, shares, idle hosts) is looked at so often."""
 LET_GO_SECONDS = 30.0
 CLOSE_SECONDS = 15.0
 """Given to the registry at the end: for what it was asked, and again for the last points of curves."""
-TOO_LARGE_PATIENCE = 30.0
-"""Seconds a job that needs more ranks than the cluster shows stays queued: a node may be just coming up."""
 
 log = logging.getLogger(__name__)
 
@@ -70,20 +62,20 @@ class Controller:
         checkpoints: str = "",
     ) -> None:
         """`start` has done what is asked of the registry; `checkpoints` as in `Ledger`."""
-        self._home = home = home.resolve()
+        home = home.resolve()
         self._run = run
         self._backoff = Backoff(clock)
         self._work = work = Work(store, cluster, home, clock, checkpoints)
         self._errands = Errands(start)
         self._curves = CurveExport(store, registry, self._errands, self._backoff, clock)
         registration = Registration(registry, work.ledger, self._curves, home)
-        self._steps = Steps(work, registration, self._errands, self._backoff, self._guard)
+        self._guard = guard = Guard(work, self._backoff, home)
+        self._steps = Steps(work, registration, self._errands, self._backoff, guard)
+        self._acting = Acting(work, self._steps, guard)
         self._policy = PolicyFile(home / "teams.yaml")
         self._board = Board(work, home)
         self._pace = Pace(clock)
         self._decided_at = float("-inf")
-        self._redone: set[str] = set()
-        self._too_large_since: dict[str, float] = {}
 
     def run(
         self,
@@ -175,7 +167,7 @@ class Controller:
         self._keep_books(waiting, policy)
         snapshot = picture.snapshot(self._work, policy, waiting)
         decision = schedule(snapshot)
-        self._act(decision, {job.job: job for job in waiting})
+        self._acting.act(decision, {job.job: job for job in waiting})
         self._board.show(snapshot, decision)
         self._forget()
         settled = done == self._work.ledger.changes and not decision.moves
@@ -250,110 +242,4 @@ class Controller:
         if work.forget():
             self._steps.keep_only(work.jobs)
             self._curves.keep_only(work.orders)
-            since = self._too_large_since.items()
-            self._too_large_since = {job: at for job, at in since if job in work.jobs}
-
-    # ---- acting ----------------------------------------------------------------------------------------
-
-    def _act(self, decision: Decision, asked: Mapping[str, Waiting]) -> None:
-        self._preempt(decision.preempt)
-        for name in decision.close_hosts:
-            self._work.drop_flights(self._work.fleet.stop(name))
-        for new in decision.start_hosts:
-            self._open(new, [job for job, host in decision.placements.items() if host == new.name])
-        for job, host in decision.placements.items():
-            if job in self._work.jobs:
-                row = self._begin(job, host)
-                parameters = asked[job].adapter_parameters
-                self._work.fleet.seat(job, row.attempt, host, asked[job].need, parameters)
-        for job in decision.start_tasks:
-            with self._guard(job):
-                self._steps.start_task(self._begin(job, None))
-        for job in decision.free:
-            self._begin(job, None, "needs no host any more")
-        for job, reason in decision.refusals.items():
-            self._refuse(self._work.jobs[job], reason, asked[job])
-
-    def _preempt(self, victims: Mapping[str, str]) -> None:
-        """Pause them. On record first: a controller killed in between must know that they are spared now."""
-        work, now = self._work, self._work.clock()
-        for victim in victims:
-            work.books.preempted_at[victim] = now
-        if victims:
-            work.books.write(now, at_once=True)
-        for victim, taker in victims.items():
-            if victim in work.jobs:
-                work.switch(victim, Reason.PREEMPTED, f"for {taker}")
-
-    def _open(self, new: NewHost, jobs: list[str]) -> None:
-        """Start a host for the jobs placed on it; they fail if the cluster can never hold one."""
-        on_gpus = self._work.cluster.capacity().gpus > 0
-        try:
-            self._work.fleet.start(new, self._work.order(jobs[0]).job.base, on_gpus)
-        except BadInput as error:
-            for job in jobs:
-                self._work.switch(job, Reason.TOO_LARGE, str(error))
-
-    def _begin(self, job: str, host: str | None, message: str = "") -> JobRow:
-        """A new attempt for a job that waits; one that runs already goes on with what it was given."""
-        row = self._work.jobs[job]
-        self._too_large_since.pop(job, None)
-        if row.status is not Status.WAITING:
-            return row
-        return self._work.switch(job, Reason.PLACED, message, host=host)
-
-    def _refuse(self, job: JobRow, reason: Reason, asked: Waiting) -> None:
-        message = ""
-        if reason is Reason.TOO_LARGE:
-            message = f"it needs {asked.world_size} ranks"
-            since = self._too_large_since.setdefault(job.id, self._work.clock())
-            if self._work.clock() - since < TOO_LARGE_PATIENCE:
-                reason = Reason.WAITS_FOR_HOST
-        if reason is Reason.OUT_OF_MEMORY:
-            message = f"a host of its base has no room for {asked.adapter_parameters:,} adapter parameters"
-        if reason is Reason.PARENT_FAILED:
-            failed = [p for p in job.depends_on if self._work.parents[p] in (Status.FAILED, Status.CANCELLED)]
-            message = ", ".join(failed)
-        self._work.switch(job.id, reason, message)
-
-    # ---- what can go wrong with one job ----------------------------------------------------------------
-
-    @contextmanager
-    def _guard(self, job: str) -> Generator[None]:
-        """One job's failure is its own: it gets a status and a reason, and the loop goes on."""
-        try:
-            yield
-        except (SQLAlchemyError, StoreUnreachable, ClusterUnreachable, Superseded):
-            raise
-        except RegistryUnreachable as error:
-            self._backoff.failed()
-            self._stop(job, Reason.REGISTRY_AWAY, f"{error}{scarce(self._home)}")
-        except GateFailed as error:
-            self._stop(job, Reason.GATE_FAILED, str(error))
-        except (BadInput, NoSuchVersion) as error:
-            self._stop(job, Reason.BAD_DATA, str(error))
-        except LostFolder as error:
-            self._redo(job, error)
-        except CheckpointsAway as error:
-            if job in self._work.jobs:
-                self._work.pause(job, Reason.CHECKPOINTS_AWAY, str(error))
-        except Exception as error:
-            log.exception("job %s failed", job)
-            if is_full(error) and job in self._work.jobs:
-                self._work.disk_full(job, Path(getattr(error, "filename", None) or self._home), str(error))
-            else:
-                self._stop(job, Reason.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
-
-    def _stop(self, job: str, reason: Reason, message: str) -> None:
-        if job in self._work.jobs:
-            self._work.switch(job, reason, message)
-
-    def _redo(self, job: str, lost: LostFolder) -> None:
-        """Do a step again whose folder is gone: once, and only if it is the job's own."""
-        own = lost.step in {step.id for step in self._work.order(job).job.steps}
-        self._work.ledger.forget(lost)
-        if own and lost.step not in self._redone:
-            self._redone.add(lost.step)
-            self._stop(job, Reason.WAITS_FOR_HOST, f"done again: {lost}")
-        else:
-            self._stop(job, Reason.INTERNAL_ERROR, f"{lost}; submit again to make it anew")
+            self._acting.keep_only(work.jobs)
