@@ -8,6 +8,7 @@ driver imports this file too.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -132,8 +133,15 @@ class Rank:
             self.mail.wait_anew()
 
     def _load_and_serve(self, endpoints: tuple[Endpoint, ...]) -> None:
+        gc.disable()  # what is imported stays: to look through it for garbage takes a fifth of the time
         from workers.host import Host
         from workers.ranks import connect
+
+        def load() -> Host:
+            try:
+                return Host.load(self._card.base, ranks)
+            finally:
+                gc.enable()
 
         address, port = endpoints[0]
         if len({node for node, _ in endpoints}) == 1:
@@ -141,7 +149,7 @@ class Rank:
             address = "127.0.0.1"
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         ranks = connect(self._rank, len(endpoints), address, port)
-        for _ in serve(lambda: Host.load(self._card.base, ranks), ranks, self.mail):
+        for _ in serve(load, ranks, self.mail):
             pass
 
     def _give_up(self) -> None:

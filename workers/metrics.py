@@ -6,21 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from sacrebleu.metrics.chrf import CHRF
-from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
-from sklearn.metrics import (
-    accuracy_score,
-    confusion_matrix,
-    f1_score,
-    label_ranking_average_precision_score,
-    ndcg_score,
-)
+
+# The libraries are imported where they are used, for each takes a second or two: a host pays for those of the
+# tasks that it scores, and not while it starts.
 
 
 class _Words:
     """Words without punctuation, Chinese by the character; rouge-score's own tokenizer keeps a-z and 0-9."""
 
     def __init__(self) -> None:
+        from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
+
         self._split = TokenizerZh()
 
     def tokenize(self, text: str) -> list[str]:
@@ -34,12 +30,13 @@ def means(rows: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 def corpus_chrf(replies: Sequence[str], references: Sequence[str]) -> float:
     """chrF2 over all replies together, 0 to 100."""
+    from sacrebleu.metrics.chrf import CHRF
+
     return float(CHRF().corpus_score(list(replies), [list(references)]).score)
 
 
 def reply_rows(replies: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
     """`rouge_l`: ROUGE-L F1 of each reply, 0 to 1."""
-    # It brings nltk, two seconds that a host without dialogues need not spend.
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
@@ -51,6 +48,8 @@ def classification_metrics(
     truth: Sequence[str], predicted: Sequence[str], labels: Sequence[str]
 ) -> dict[str, float]:
     """Accuracy, and the unweighted mean of the F1 of `labels` (0 for a label never predicted)."""
+    from sklearn.metrics import accuracy_score, f1_score
+
     nothing: Any = 0.0  # scikit-learn's annotation knows only its default, "warn"
     macro_f1 = f1_score(truth, predicted, labels=list(labels), average="macro", zero_division=nothing)
     return {"accuracy": float(accuracy_score(truth, predicted)), "macro_f1": float(macro_f1)}
@@ -60,6 +59,8 @@ def confusion(
     truth: Sequence[str], predicted: Sequence[str], labels: Sequence[str]
 ) -> tuple[tuple[int, ...], ...]:
     """Counts, rows truth and columns prediction, both in the order of `labels`."""
+    from sklearn.metrics import confusion_matrix
+
     return tuple(map(tuple, confusion_matrix(truth, predicted, labels=list(labels)).tolist()))
 
 
@@ -68,6 +69,8 @@ def ranking_rows(scores: Sequence[Sequence[float]], targets: Sequence[int]) -> d
 
     With one right answer a row, its average precision is its reciprocal rank. A lone candidate is right.
     """
+    from sklearn.metrics import label_ranking_average_precision_score, ndcg_score
+
     found: dict[str, list[float]] = {"hit_at_1": [], "ndcg_at_5": [], "mrr": []}
     for row, target in zip(scores, targets, strict=True):
         preds, relevant = np.array([row]), np.arange(len(row))[None] == target

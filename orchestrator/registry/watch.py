@@ -1,8 +1,8 @@
 """`python -m orchestrator.registry.watch FOLDER URL LOCK`: one MLflow server, alive while somebody uses it.
 
-Owns the server's process group and the making of its database. Restarts a server that dies, on the same
-port; ends it when no process holds `users.lock` any more, however that process ended. Writes `server.json`;
-until then it keeps the descriptor LOCK open, which holds `start.lock`. Not for use by hand.
+Owns the server's process group. Restarts a server that dies, on the same port; ends it when no process holds
+`users.lock` any more, however that process ended. Writes `server.json`; until then it keeps the descriptor
+LOCK open, which holds `start.lock`. Not for use by hand.
 """
 
 from __future__ import annotations
@@ -49,9 +49,8 @@ def main(folder: Path, url: str, lock: int) -> int:
     os.close(lock)
     try:
         with _reserved(url):
-            failed = _make_database(folder, users)
-            while not failed:
-                failed = _serve(folder, url, users)
+            while not (failed := _serve(folder, url, users)):
+                pass
         return failed
     finally:
         _write_state(folder, url, None)
@@ -71,31 +70,6 @@ def _reserved(url: str) -> Generator[None]:
         yield
 
 
-def _make_database(folder: Path, users: int) -> int:
-    """Migrate an empty database aside and rename it when it is whole; the exit status of MLflow.
-
-    SQLite commits each table by itself, and MLflow does not take up a migration that was killed between two.
-    """
-    if named_store():
-        return 0  # PostgreSQL's migrations are transactions: the server makes its tables by itself
-    database = folder / DATABASE
-    for stale in folder.glob(f"new-*-{DATABASE}*"):
-        stale.unlink(missing_ok=True)
-    if database.exists():
-        return 0
-    scratch = folder / f"new-{os.getpid()}-{DATABASE}"
-    migration = _spawn(["db", "upgrade", f"sqlite:///{scratch}"], folder)
-    try:
-        while migration.poll() is None:
-            _leave_if_alone(users)
-            time.sleep(POLL_SECONDS)
-    finally:
-        _end(migration)
-    if migration.returncode == 0:
-        scratch.rename(database)
-    return migration.returncode
-
-
 def _serve(folder: Path, url: str, users: int) -> int:
     """One life of the server; 0 if it ever answered, else its exit status."""
     server = _start_server(folder, url)
@@ -111,19 +85,9 @@ def _leave(_signal: int, _frame: object) -> None:
 
 
 def _start_server(folder: Path, url: str) -> subprocess.Popen[bytes]:
-    """One worker, proxied artifacts. The store may have a password: it goes by the environment."""
-    address = urlsplit(url)
-    command = ["server", "--host", str(address.hostname)]
-    command += ["--port", str(address.port), "--workers", "1", "--serve-artifacts"]
-    command += ["--uvicorn-opts", "--no-access-log"]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
-    return _spawn(command, folder)
-
-
-def _spawn(command: list[str], folder: Path) -> subprocess.Popen[bytes]:
-    """`mlflow COMMAND` in a process group of its own."""
+    """In a process group of its own. The store may have a password: it goes by the environment."""
     return subprocess.Popen(
-        [sys.executable, "-m", "mlflow", *command],
+        [sys.executable, "-m", "orchestrator.registry.mlflow_process", str(folder), url],
         cwd=folder,
         stdin=subprocess.DEVNULL,
         env={**os.environ, **ENVIRONMENT, "MLFLOW_BACKEND_STORE_URI": _store_uri(folder)},
@@ -181,7 +145,7 @@ def _leave_if_alone(users: int) -> None:
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
-    """End the server's whole group; also after its leader has died, for uvicorn is a child of it."""
+    """End the server's whole group, also after its leader has died: MLflow may have children there."""
     for kill, seconds in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
         try:
             os.killpg(server.pid, kill)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import psutil
 import pytest
@@ -15,6 +17,7 @@ from orchestrator.contracts import RegistryUnreachable
 from orchestrator.registry import server as tracking_server
 from orchestrator.registry.server import ServerFailed
 from orchestrator.registry.watch import _reserved
+from tests.contract.samples import shared_server
 from tests.postgres import postgres  # noqa: F401 (a fixture)
 from workers.types import BadInput
 
@@ -196,6 +199,19 @@ def test_server_on_postgres_keeps_its_tables_there_and_its_home_refuses_another_
         BadInput, match=r"are in 127\.0\.0\.1:\d+/t\w+, not in sqlite; set CHORUS_REGISTRY_STORE"
     ):
         tracking_server.start(tmp_path)
+
+
+def test_server_answers_no_request_from_another_site():
+    """A page that was loaded from elsewhere, and one whose name was made to point at this machine."""
+    url = f"{shared_server().url}/api/2.0/mlflow/experiments"
+    with urlopen(f"{url}/get?experiment_id=0") as answer:
+        assert json.loads(answer.read())["experiment"]["name"] == "Default"
+    renamed = Request(f"{url}/get?experiment_id=0", headers={"Host": "elsewhere.example"})
+    crossing = Request(f"{url}/create", b'{"name": "theirs"}', {"Origin": "http://elsewhere.example"})
+    for request in (renamed, crossing):
+        with pytest.raises(HTTPError) as refused:
+            urlopen(request)
+        assert refused.value.code == 403
 
 
 def test_server_store_of_another_kind_is_refused(tmp_path, monkeypatch):

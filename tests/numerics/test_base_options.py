@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,3 +100,12 @@ def test_base_partitioned_on_one_rank_alone_needs_no_launcher(tmp_path):
     events = drive(host, {0: attach(*three_jobs(tmp_path, steps=4))})
     assert host.base.trace == "COMPLETE"
     assert len(adapters(events)) == 3
+
+
+def loaded_with_mlflow(ranks: Ranks, spec: BaseSpec) -> bool:
+    assert Host.load(spec, ranks).base.engine is not None
+    return "mlflow" in sys.modules
+
+
+def test_base_partitioned_is_loaded_without_the_mlflow_that_deepspeed_would_import(tmp_path):
+    assert not two_ranks(loaded_with_mlflow, base_of(tmp_path))
