@@ -10,26 +10,10 @@ import math
 
 import torch
 from torch import Tensor, nn
+from transformers.optimization import get_scheduler
 
 from workers.slots import Slot
 from workers.types import TrainingSpec
-
-
-def share_of_peak(training: TrainingSpec, num_steps: int, done: int) -> float:
-    """The learning rate of the step after `done` of `num_steps`, as a share of the highest; 0 after the last.
-
-    What `transformers.get_scheduler` gives, bit for bit. It is not asked: it is in the trainer's part of
-    transformers, which imports PEFT, and every rank would wait for that.
-    """
-    warmup = math.ceil(training.warmup_ratio * num_steps)
-    if done < warmup:
-        return done / warmup
-    if training.lr_scheduler == "constant":
-        return 1.0
-    rest = max(1, num_steps - warmup)
-    if training.lr_scheduler == "linear":
-        return max(0.0, (num_steps - done) / rest)
-    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((done - warmup) / rest))))
 
 
 class JobOptimizer:
@@ -44,7 +28,10 @@ class JobOptimizer:
             weight_decay=training.weight_decay,
             fused=slot.fused,
         )
-        self.num_steps = num_steps
+        warmup = math.ceil(training.warmup_ratio * num_steps)
+        name = "constant_with_warmup" if training.lr_scheduler == "constant" else training.lr_scheduler
+        schedule = get_scheduler(name, self.adamw, num_warmup_steps=warmup, num_training_steps=num_steps)
+        (self._factor,) = schedule.lr_lambdas
         self.set_step(0)
 
     @property
@@ -53,9 +40,7 @@ class JobOptimizer:
 
     def set_step(self, steps_done: int) -> None:
         """Take the learning rate of the step after `steps_done`."""
-        self.adamw.param_groups[0]["lr"] = self.training.learning_rate * share_of_peak(
-            self.training, self.num_steps, steps_done
-        )
+        self.adamw.param_groups[0]["lr"] = self.training.learning_rate * self._factor(steps_done)
 
     def step(self) -> Tensor:
         """Clip, step, clear gradients. A non-finite gradient changes no weight.

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 from urllib.parse import urlsplit
 
 from orchestrator.registry.server import DATABASE, named_store
@@ -38,8 +37,9 @@ def main(folder: Path, url: str) -> None:
         _python, _m, _uvicorn, *arguments = command
         uvicorn.main(arguments)
 
-    with patch.object(server, "_exec_cmd", serve):
-        cli(_command(folder, url))
+    # An MLflow that starts it otherwise goes on doing so.
+    server._exec_cmd = serve  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage, reportAttributeAccessIssue]
+    cli(_command(folder, url))
 
 
 def make_database(folder: Path) -> None:
