@@ -81,13 +81,15 @@ def _evaluate(
         for candidate, asked in zip(candidates, questions, strict=True)
     ]
     replies = greedy_replies(reader, prompts)
+    if reader.ranks.rank != 0:  # one rank is enough to import the metrics' libraries and to wait for them
+        return reader.ranks.broadcast(None)
     reports = [
         _made(lambda: asked.report(own, _as_text(tokenizer, said)))  # noqa: B023
         if isinstance(asked, Questions)
         else asked
         for asked, own, said in zip(questions, scores, replies, strict=True)
     ]
-    return _agreed(reader.ranks, reports)
+    return reader.ranks.broadcast(reports)
 
 
 def _made(make: Callable[[], T]) -> T | BadInput:

@@ -269,16 +269,16 @@ def test_evaluate_row_bad_on_one_rank_alone_is_refused_on_all(folder, tmp_path):
 
 
 def unforeseen_on_one_rank(
-    ranks: Ranks, folder: str, specs: list[EvaluationSpec], module: str, name: str
+    ranks: Ranks, folder: str, specs: list[EvaluationSpec], module: str, name: str, fails: int
 ) -> list[str]:
-    """Why each has no report, or "". What is named raises on rank 1."""
+    """Why each has no report, or "". What is named raises on rank `fails`."""
     base = load_base(BaseSpec(folder, zero="none"), ranks)
 
     def fail(*_: Any) -> Any:
         raise KeyError("unforeseen")
 
     with pytest.MonkeyPatch.context() as patch:
-        if ranks.rank == 1:
+        if ranks.rank == fails:
             patch.setattr(f"{module}.{name}", fail)
         reader = Reader(base.model, ranks, base.device, 0)
         reports = evaluate_together(reader, base.tokenizer, [Candidate(None, spec) for spec in specs])
@@ -288,13 +288,18 @@ def unforeseen_on_one_rank(
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [("workers.questions", "encode_choices"), ("workers.metrics", "ranking_rows")]
+    ("module", "name", "fails"),
+    [
+        ("workers.questions", "encode_choices", 1),
+        ("workers.questions", "encode_choices", 0),
+        ("workers.metrics", "ranking_rows", 0),  # the one rank that asks for it
+    ],
 )
 def test_evaluate_what_is_unforeseen_on_one_rank_refuses_that_candidate_alone_on_all(
-    folder, tmp_path, module, name
+    folder, tmp_path, module, name, fails
 ):
     specs = [evaluation_of(tmp_path, kind, 4) for kind in ("chat", "recommendation", "chat")]
-    found = two_ranks(unforeseen_on_one_rank, str(folder), specs, module, name)
+    found = two_ranks(unforeseen_on_one_rank, str(folder), specs, module, name, fails)
     assert found[0] == found[2] == ""
     assert "it cannot be scored (KeyError: 'unforeseen')" in found[1]
 
