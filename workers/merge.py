@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from workers.adapter import Adapter
 from workers.fuse.basis import one_thread
@@ -189,6 +188,11 @@ def _source(module: str, shards: Mapping[str, Path], base: Path) -> str:
 
 def tied_head(base: Path) -> tuple[str, str] | None:
     """(weight of the output head, weight of the embedding) if the base shares one between them."""
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+    )  # a release of the adapter alone has no use for it
+
     config = AutoConfig.from_pretrained(base)
     if not config.tie_word_embeddings:
         return None
