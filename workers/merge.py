@@ -188,10 +188,8 @@ def _source(module: str, shards: Mapping[str, Path], base: Path) -> str:
 
 def tied_head(base: Path) -> tuple[str, str] | None:
     """(weight of the output head, weight of the embedding) if the base shares one between them."""
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-    )  # a release of the adapter alone has no use for it
+    # Here: a release of the adapter alone has no use for it.
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(base)
     if not config.tie_word_embeddings:
