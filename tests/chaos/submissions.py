@@ -73,6 +73,10 @@ class Chaos:
     server: Postgres
     chance: random.Random
     count: int
+    wanted: int = 0
+    """Kills, at least."""
+    of_each: int = 0
+    """The same of everything that is killed."""
     kills: Counter[str] = field(default_factory=Counter)
     acknowledged: dict[str, set[str]] = field(default_factory=dict)
     """Token -> the ids of runs that were told for it."""
@@ -103,10 +107,15 @@ class Chaos:
     # ---- what lives, and for how long ----
 
     def run(self, store_every: int) -> None:
-        """Until every submission is acknowledged; the store's server dies after each so many of them."""
+        """Until every submission is acknowledged and enough was killed; until then some are given again.
+
+        The store's server dies after each so many of them.
+        """
         due = store_every
-        while self.waiting or self.clients:
+        while self.waiting or self.clients or not self.enough():
             now = time.monotonic()
+            if not (self.waiting or self.clients or self.enough()):
+                self.waiting.append(self.chance.choice(sorted(self.acknowledged)))
             while self.waiting and len(self.clients) < AT_ONCE:
                 self.give(self.waiting.pop(), now)
             self.hear(now)
@@ -118,6 +127,10 @@ class Chaos:
                 self.kills["store server"] += 1
                 self.server.start()
             time.sleep(0.001)
+
+    def enough(self) -> bool:
+        each = all(self.kills[name] >= self.of_each for name in KILLED)
+        return each and sum(self.kills.values()) >= self.wanted
 
     def finish(self, succeeded: int) -> None:
         """Let one controller work until so many jobs have succeeded; the others are cancelled, by request."""
@@ -269,10 +282,11 @@ def recipe(number: int) -> dict[str, Any]:
 
 def case(folder: Path, small: bool, seed: int) -> Outcome:
     count, store_every, share = (16, 6, 2) if small else (1000, 33, 100)
+    wanted, of_each = (1, 0) if small else (200, 10)
     server = Postgres()  # with its real settings: what it acknowledged must outlive it
     began = time.monotonic()
     try:
-        chaos = Chaos(folder, server, random.Random(seed), count)
+        chaos = Chaos(folder, server, random.Random(seed), count, wanted, of_each)
         with tracking_server.start(chaos.home.folder) as tracking:
             chaos.run(store_every)
             with closing(Store(chaos.url)) as store:
@@ -311,8 +325,8 @@ def case(folder: Path, small: bool, seed: int) -> Outcome:
             ),
         ],
         [
-            Target("SIGKILLs", kills, 1 if small else 200),
-            *(Target(f"SIGKILLs of {name}", chaos.kills[name], 0 if small else 10) for name in KILLED),
+            Target("SIGKILLs", kills, wanted),
+            *(Target(f"SIGKILLs of {name}", chaos.kills[name], of_each) for name in KILLED),
             Target("jobs succeeded between the kills", meanwhile, 0 if small else 1),
             Target("jobs succeeded in the end", done, share),
             Target(
