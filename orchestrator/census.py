@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeAlias
 
 from orchestrator.host_view import HostView, Resident
+
+WorstByTeam: TypeAlias = dict[str, tuple[tuple[int, float], Resident]]
+"""Team -> one of its residents, with (-priority, service)."""
 
 
 class Census:
@@ -16,10 +20,9 @@ class Census:
         """Team -> ranks. A resident that stays holds an equal part of its host's."""
         self.leaving: dict[str, int] = {}
         """Host -> residents that are leaving it, where there are any."""
-        self.worst: dict[str, dict[str, tuple[tuple[int, float], Resident]]] = {}
+        self.worst: dict[str, WorstByTeam] = {}
         """Base -> team -> of those who are not spared, on hosts that nobody is leaving, one of the lowest
-        priority, and of these the one with the most service: none stands worse. With (-priority, service).
-        """
+        priority, and of these the one with the most service: none stands worse."""
         self._spared_since = spared_since
         for host in hosts:
             if host.residents:
@@ -35,12 +38,7 @@ class Census:
         else:
             self._count_all(host.residents, part, self.worst.setdefault(host.base, {}))
 
-    def _count_all(
-        self,
-        residents: tuple[Resident, ...],
-        part: float,
-        worst: dict[str, tuple[tuple[int, float], Resident]],
-    ) -> None:
+    def _count_all(self, residents: tuple[Resident, ...], part: float, worst: WorstByTeam) -> None:
         # Ten thousands pass here in a decision: each is looked at once, and for no more than is needed.
         held, spared = self.held, self._spared_since
         for resident in residents:

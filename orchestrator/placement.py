@@ -74,8 +74,6 @@ class Room:
         self.coming = 0
         """Ranks of hosts that everyone was told to leave."""
         self._slots_coming: dict[str, int] = {}
-        self.left: set[str] = set()
-        """Hosts that someone was leaving before this decision."""
         self.census = Census(hosts, spared_since)
         for host in hosts:
             self._take_in(host, self.census.leaving.get(host.name, 0))
@@ -85,7 +83,6 @@ class Room:
     def _take_in(self, host: HostView, leaving: int) -> None:
         self._put(host)
         if leaving:
-            self.left.add(host.name)
             self._slots_coming[host.base] = self._slots_coming.get(host.base, 0) + leaving
         if host.idle:
             self.idle[host.name] = host

@@ -87,7 +87,7 @@ class Preemption:
             seats = [
                 (self._worst(resident), host.name, resident)
                 for host in self._room.hosts_of(base)
-                if host.name not in self._room.left
+                if host.name not in self._room.census.leaving
                 for resident in host.residents
                 if resident.team == team
             ]

@@ -12,11 +12,10 @@ Policy, from the outside in:
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from orchestrator.collector import without_collector
 from orchestrator.contracts import Capacity
 from orchestrator.fairness import Shares
 from orchestrator.host_view import HostView
@@ -73,21 +72,10 @@ class Decision:
 
 
 def schedule(snapshot: Snapshot) -> Decision:
-    with _without_collector():
+    # A decision makes a hundred thousand objects and no cycle. A full collection set off by them looks at
+    # all that the process ever loaded, and would take several times as long as the decision.
+    with without_collector():
         return _schedule(snapshot)
-
-
-@contextmanager
-def _without_collector() -> Generator[None]:
-    """A decision makes a hundred thousand objects and no cycle. A full collection set off by them looks at
-    all that the process ever loaded, and would take several times as long as the decision."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _schedule(snapshot: Snapshot) -> Decision:

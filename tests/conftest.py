@@ -10,11 +10,12 @@ attribute by which they are told; so the scheduler is told here which tests go t
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Generator
 from typing import Any
 
 import pytest
+
+from orchestrator.collector import without_collector
 
 LONGEST = (
     "integration/test_run_killed.py",
@@ -51,11 +52,8 @@ def s3():
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, Any, Any]:
     """What is imported stays: to look through it for garbage takes a fifth of the time."""
-    gc.disable()
-    try:
+    with without_collector():
         return (yield)
-    finally:
-        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)

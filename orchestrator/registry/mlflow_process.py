@@ -8,7 +8,6 @@ the environment; not for use by hand.
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -16,18 +15,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from orchestrator.collector import without_collector
 from orchestrator.registry.server import DATABASE, named_store
 
 
 def main(folder: Path, url: str) -> None:
     """Serve until a signal. Ends with what MLflow's commands end with, its last line on stderr."""
-    gc.disable()  # what is imported stays: to look through it for garbage takes a fifth of the time
-    # uvicorn first: where MLflow's server finds it, it puts its checks of hosts and origins in place.
-    import uvicorn
-    from mlflow import server
-    from mlflow.cli import cli
+    with without_collector():  # what is imported stays: to look through it takes a fifth of the time
+        # uvicorn first: where MLflow's server finds it, it puts its checks of hosts and origins in place.
+        import uvicorn
+        from mlflow import server
+        from mlflow.cli import cli
 
-    gc.enable()
     if not named_store():  # PostgreSQL's migrations are transactions: the server makes its tables by itself
         make_database(folder)
 

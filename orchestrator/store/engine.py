@@ -91,7 +91,7 @@ class Patient(Protocol):
 
 
 class Part:
-    """Of the store: what reads and writes some tables beside those of jobs."""
+    """Of the store: what reads and writes some of its tables, each method one transaction."""
 
     def __init__(self, engine: Engine, patience: float, clock: Callable[[], float]) -> None:
         self.patience = patience

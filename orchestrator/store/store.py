@@ -28,7 +28,7 @@ from orchestrator.job import (
 from orchestrator.store import tables
 from orchestrator.store.boards import BoardStore
 from orchestrator.store.curves import CurveStore
-from orchestrator.store.engine import PATIENCE, open_engine, patiently
+from orchestrator.store.engine import PATIENCE, Part, open_engine, patiently
 from orchestrator.store.epochs import EpochStore
 from orchestrator.store.reading import (
     HEAVY,
@@ -66,17 +66,14 @@ class StaleAttempt(Exception):
     """A report of an attempt that is over: to be dropped."""
 
 
-class Store:
+class Store(Part):
     """`Store.open(path)` for a SQLite file, `Store(url)` for that or a PostgreSQL database."""
 
     def __init__(self, url: str, clock: Callable[[], float] = time.time, patience: float = PATIENCE) -> None:
         """Its tables are made, or migrated, if need be. Raises BadInput, StoreUnreachable."""
         engine = open_engine(url)
-        self._engine = engine
-        self._writer = engine.execution_options(**{tables.WRITES: True})
-        self._clock = clock
-        self.patience = patience
         parts = engine, patience, clock
+        super().__init__(*parts)
         self.curves = CurveStore(*parts)
         self.scheduling = SchedulingStore(*parts)
         self.epochs = EpochStore(*parts)

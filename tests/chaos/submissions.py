@@ -114,7 +114,7 @@ class Chaos:
         due = store_every
         while self.waiting or self.clients or not self.enough():
             now = time.monotonic()
-            if not (self.waiting or self.clients or self.enough()):
+            if not (self.waiting or self.clients):
                 self.waiting.append(self.chance.choice(sorted(self.acknowledged)))
             while self.waiting and len(self.clients) < AT_ONCE:
                 self.give(self.waiting.pop(), now)
