@@ -56,15 +56,17 @@ def promote(
     reason: str,
     figures: Mapping[str, float],
 ) -> AdapterVersion:
-    """Make `version` champion if the champion is the expected one; the same move asked again does nothing.
+    """Make `version` champion if the champion is the expected one.
 
-    Raises RegistryConflict if it is not or if the version's bytes were altered, NoSuchVersion.
+    The same move asked again does nothing, nor does one of the champion itself: `previous` stays. Raises
+    RegistryConflict if it is not or if the version's bytes were altered, NoSuchVersion.
     """
     wanted = one_version(client, name, str(version))
     done = finish_pending(client, name)
     champion = _champion(client, name)
-    if champion == version and done and _ends(done[-1]) == ("promote", expected_champion or 0, version):
-        return one_version(client, name, CHAMPION)
+    asked_again = done and _ends(done[-1]) == ("promote", expected_champion or 0, version)
+    if champion == version and (asked_again or expected_champion == version):
+        return one_version(client, name, str(version))
     if champion != expected_champion:
         raise RegistryConflict(
             f"the champion of {name} is {_say(champion)}, not {_say(expected_champion)} as expected"
@@ -81,8 +83,8 @@ def rollback(client: MlflowClient, name: str, expected_champion: int | None, rea
     """
     done = finish_pending(client, name)
     champion = _champion(client, name)
-    if done and _ends(done[-1]) == ("rollback", expected_champion, champion):
-        return one_version(client, name, CHAMPION)
+    if champion and done and _ends(done[-1]) == ("rollback", expected_champion, champion):
+        return one_version(client, name, str(champion))
     if champion != expected_champion:
         raise RegistryConflict(
             f"the champion of {name} is {_say(champion)}, not {_say(expected_champion)} as expected"

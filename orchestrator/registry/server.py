@@ -58,13 +58,17 @@ class TrackingServer:
     _watcher: subprocess.Popen[bytes] | None
 
     def stop(self, seconds: float = 15.0) -> None:
-        """Let go of the server. Returns when it has ended, or at once if another command still uses it."""
+        """Let go of the server. Returns when it has ended, or at once if another command still uses it.
+
+        One that is slow to end is waited for no longer than `seconds`: its watcher sees to the rest.
+        """
         if self._users.closed:
             return
         alone = _last_user(self._users)
         self._users.close()
         if alone and self._watcher is not None:
-            self._watcher.wait(seconds)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._watcher.wait(seconds)
 
     def __enter__(self) -> TrackingServer:
         return self

@@ -10,6 +10,7 @@ address of yours in CHORUS_REGISTRY_STORE, puts MLflow's tables into PostgreSQL.
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
@@ -49,6 +50,8 @@ class Chaos:
         """Seconds from each kill to the first answer."""
         self.killed = 0
         self.stop = folder / "stop"
+        self.running: set[int] = set()
+        """The children. They were forked with our hold on the server: it does not end before them."""
 
     def run(self) -> dict[str, list[str]]:
         """The problems found, by what must hold."""
@@ -66,6 +69,9 @@ class Chaos:
             self._all_end(promoters)
             return self._problems()
         finally:
+            for child in self.running:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
             for server in held:
                 server.stop()
 
@@ -80,7 +86,15 @@ class Chaos:
         return partial(fight, self.url, lock, self.told, promoter, self.names, seed, self.stop)
 
     def _forked(self, name: str, work: Callable[[], None]) -> int:
-        return forked(work, self.told / f"{name}.out")
+        child = forked(work, self.told / f"{name}.out")
+        self.running.add(child)
+        return child
+
+    def _ended(self, child: int) -> int | None:
+        code = ended(child)
+        if code is not None:
+            self.running.remove(child)
+        return code
 
     def _kill(self, with_watcher: bool) -> list[tracking_server.TrackingServer]:
         """SIGKILL; returns when a server answers again, with the hold of the command that started it."""
@@ -114,13 +128,13 @@ class Chaos:
 
     def _still_running(self, children: Sequence[int]) -> None:
         for child in children:
-            assert ended(child) is None, self._errors()
+            assert self._ended(child) is None, self._errors()
         time.sleep(POLL)
 
     def _all_end(self, children: Sequence[int]) -> None:
         left = list(children)
         while left:
-            codes = {child: ended(child) for child in left}
+            codes = {child: self._ended(child) for child in left}
             assert all(code in (None, 0) for code in codes.values()), self._errors()
             left = [child for child, code in codes.items() if code is None]
             time.sleep(POLL)

@@ -27,7 +27,7 @@ TURN = 3.0
 """Seconds that all promoters spend on one name before they go to the next, so that they meet."""
 LOCKED = "locked"
 """Begins the names that are moved under the lock of one home."""
-MADE, TOLD, NOTHING = "made", "told", "nothing to go back to"
+MADE, TOLD, NOTHING, ALREADY = "made", "told", "nothing to go back to", "champion already"
 
 
 def answered(call: Callable[[], Any], met: Counter[str]) -> Any:
@@ -135,7 +135,7 @@ def _one_move(registry: Registry, name: str, target: int | None, reason: str) ->
 
     try:
         after = answered(move, met)
-        outcome = MADE
+        outcome = ALREADY if target == champion else MADE
         assert target in (None, after.version), (target, after.version)
     except RegistryConflict:
         outcome = TOLD

@@ -253,6 +253,14 @@ def test_promote_asked_again_changes_nothing(registry, name, two_versions):
     assert registry.version(name, "previous").version == 1
 
 
+def test_promote_of_the_champion_itself_keeps_previous_and_is_no_move(registry, name, two_versions):
+    registry.promote(name, 1, None, "first", {})
+    registry.promote(name, 2, 1, "better", {})
+    assert registry.promote(name, 2, 2, "as it is", {}).version == 2
+    assert registry.version(name, "previous").version == 1
+    assert len(registry.history(name)) == 2
+
+
 def test_promote_of_what_another_rolled_back_to_meanwhile_is_told(registry, name, two_versions):
     registry.promote(name, 1, None, "first", {})
     registry.promote(name, 2, 1, "better", {})

@@ -6,6 +6,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from orchestrator.contracts import RegistryConflict, RegistryUnreachable
+from orchestrator.registry import promotion
 from orchestrator.registry.registry import MlflowRegistry
 from tests.contract.samples import fresh_name, new_version, shared_server
 
@@ -148,3 +149,20 @@ def test_move_whose_record_was_written_twice_is_made_once(registry, tmp_path, mo
     assert registry.promote(name, 2, 1, "better", {}).version == 2
     assert sorted(moves(registry, name)) == [FIRST, ("1", "2", "FAILED"), SECOND]
     assert [(r.source, r.target, r.done) for r in registry.history(name)] == [(0, 1, True), (1, 2, True)]
+
+
+def test_move_asked_again_answers_with_its_own_version_though_the_champion_moves_on(
+    registry, tmp_path, monkeypatch
+):
+    name = two_versions(registry, tmp_path)
+    other, look = MlflowRegistry(registry.url), promotion._champion
+
+    def overtaken(*arguments):
+        found = look(*arguments)
+        monkeypatch.setattr(promotion, "_champion", look)
+        other.promote(name, 2, 1, "better", {})
+        return found
+
+    monkeypatch.setattr(promotion, "_champion", overtaken)
+    assert registry.promote(name, 1, None, "first", {}).version == 1
+    assert registry.version(name, "champion").version == 2
