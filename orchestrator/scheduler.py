@@ -148,7 +148,7 @@ class Turn:
             return self._on_its_base(job)
         if job.world_size > self.room.all_ranks:
             return Reason.TOO_LARGE
-        return self._open(job, may_preempt=True)
+        return self._open(job)
 
     def _on_its_base(self, job: Waiting) -> Place | Reason:
         key = (job.team, job.base, job.need)
@@ -169,10 +169,12 @@ class Turn:
         reason = self.room.why_not(job)
         if reason is Reason.OUT_OF_MEMORY or self.room.slot_to_come(job.base):
             return reason
-        if reason is Reason.WAITS_APART or self._justifies_a_host(job):
-            place = self._open(job, may_preempt=False)
-            if isinstance(place, Place):
-                return place
+        if job.world_size <= self.room.to_come() and (
+            reason is Reason.WAITS_APART or self._justifies_a_host(job)
+        ):
+            if job.world_size <= self.room.spare():
+                return self.room.open(job)
+            self.room.reserved += job.world_size
         if reason is Reason.WAITS_FOR_SLOT:
             self.preemption.slot_for(job)
         return reason
@@ -187,17 +189,17 @@ class Turn:
                 self._work[each.base] = self._work.get(each.base, 0.0) + known
         return self._work[job.base] > self.snapshot.policy.load * job.world_size
 
-    def _open(self, job: Waiting, may_preempt: bool) -> Place | Reason:
-        """A new host, all its ranks or none."""
+    def _open(self, job: Waiting) -> Place | Reason:
+        """The first host of a base, all its ranks or none; others may have to make way for it."""
         room = self.room
         if job.world_size >= self._too_wide.get(job.team, room.all_ranks + 1):
             return Reason.WAITS_FOR_HOST
         if job.world_size <= room.spare():
             return room.open(job)
         missing = job.world_size - room.to_come()
-        if missing <= 0 or (may_preempt and self.preemption.ranks_for(job, missing)):
+        if missing <= 0 or self.preemption.ranks_for(job, missing):
             room.reserved += job.world_size
-        elif aged(job, self.snapshot.policy, self.snapshot.now) and may_preempt:
+        elif aged(job, self.snapshot.policy, self.snapshot.now):
             # What gets free from now on is kept for it.
             room.reserved += max(room.to_come(), 0)
         else:

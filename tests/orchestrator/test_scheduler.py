@@ -171,6 +171,16 @@ def test_schedule_job_that_fits_passes_one_that_does_not_until_that_has_waited_t
     assert decision.refusals == {"first": Reason.WAITS_FOR_HOST, "small": Reason.WAITS_FOR_HOST}
 
 
+def test_schedule_job_that_gets_no_second_host_keeps_none_behind_it_from_preempting_for_a_first():
+    full = host(slots=1, residents=residents("own", team="below"))
+    borrowers = [host(f"o{n}", "b3", slots=1, residents=residents(f"x{n}", team="above")) for n in (1, 2, 3)]
+    first = waiting("first", base="b1", team="below")
+    second = waiting("second", base="b2", team="below", submitted_at=1.0)
+    decision = decide(first, second, hosts=[full, *borrowers])
+    assert decision.refusals == {"first": Reason.WAITS_FOR_SLOT, "second": Reason.WAITS_FOR_HOST}
+    assert decision.preempt == {"x3": "second"}
+
+
 def test_schedule_idle_host_stays_warm_for_a_while_or_while_its_base_is_to_come():
     long, idle = Policy().idle, [host(idle_since=0.0)]
     assert decide(hosts=idle, bases_to_come=frozenset({"b1"}), now=10 * long).close_hosts == ()
