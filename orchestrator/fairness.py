@@ -27,8 +27,8 @@ class Shares:
         self._policy = policy
         self._past = {team: past_ranks(seconds, policy.half_life) for team, seconds in usage.items()}
         self._held: dict[str, float] = {}
-        self._shares: dict[str, Share] = {}
-        """As long as no charge has changed it."""
+        self._ranked: dict[str, tuple[Share, str]] = {}
+        """Team -> its share, with its name; as long as no charge has changed it."""
         self._givers: dict[tuple[str, float, bool], set[str]] = {}
         """What `givers` found, as long as no charge has changed it."""
         self.changes = 0
@@ -41,9 +41,9 @@ class Shares:
         """So many ranks more for each; a team may be among them several times."""
         self.changes += 1
         self._givers.clear()
-        held, shares = self._held, self._shares
+        held, ranked = self._held, self._ranked
         for team in teams:
-            shares.pop(team, None)
+            ranked.pop(team, None)
             held[team] = held.get(team, 0.0) + ranks
 
     def held(self, team: str) -> float:
@@ -52,10 +52,19 @@ class Shares:
 
     def share(self, team: str, more: float = 0.0) -> Share:
         """A team's share if it held `more` ranks than it does."""
-        if more:
-            return self._share(team, more)
-        if (known := self._shares.get(team)) is None:
-            known = self._shares[team] = self._share(team, 0.0)
+        return self._share(team, more) if more else self._rank(team)[0]
+
+    def lowest(self, teams: Iterable[str]) -> str:
+        """The team that goes first; of equals the first by name."""
+        return min(self._ranks(teams))[1]
+
+    def _ranks(self, teams: Iterable[str]) -> list[tuple[Share, str]]:
+        known = self._ranked
+        return [known.get(team) or self._rank(team) for team in teams]
+
+    def _rank(self, team: str) -> tuple[Share, str]:
+        if (known := self._ranked.get(team)) is None:
+            known = self._ranked[team] = self._share(team, 0.0), team
         return known
 
     def _share(self, team: str, more: float) -> Share:
@@ -81,8 +90,9 @@ class Shares:
         """All teams that hold ranks and may be made to give some to a job of `taker`: see `may_reclaim`."""
         key = taker, ranks, aged
         if (known := self._givers.get(key)) is None:
-            taken, share = self.share(taker, 0.0 if aged else ranks), self.share
-            known = {team for team in self._held if team != taker and _gives(share(team), taken)}
+            taken = self.share(taker, 0.0 if aged else ranks)
+            ranked = self._ranks(self._held)
+            known = {team for share, team in ranked if team != taker and _gives(share, taken)}
             self._givers[key] = known
         return known
 

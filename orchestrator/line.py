@@ -35,7 +35,7 @@ class Line:
         """The first job of the team with the lowest share; None when nobody is left."""
         while self._teams:
             if self._changes != shares.changes or self._team not in self._teams:
-                self._team = min(self._teams, key=lambda team: (shares.share(team), team))
+                self._team = shares.lowest(self._teams)
                 self._changes = shares.changes
             waiting, closed = self._teams[self._team], self._closed[self._team]
             # Ten thousand pass here in a decision: looked up once.

@@ -186,14 +186,13 @@ class Room:
         if self.idle.pop(host.name, None) is not None:
             self.idle_ranks -= host.world_size
         if job.need is Need.SLOT:
-            self._charge(host, -1)
+            self._charge(host, job.team)
             self.seated.add(job.job)
             resident = Resident(
                 job.job, job.team, job.priority, job.attained, job.remaining, job.submitted_at
             )
             parameters = host.adapter_parameters + job.adapter_parameters
             host = host.with_residents((*host.residents, resident), parameters)
-            self._charge(host, 1)
         else:
             host = replace(host, visitors=host.visitors | {job.job})
         self._put(host)
@@ -213,11 +212,14 @@ class Room:
         if after.emptying:
             self.coming += after.world_size
 
-    def _charge(self, host: HostView, sign: int) -> None:
-        """A resident holds an equal part of its host's ranks."""
-        if host.residents:
+    def _charge(self, host: HostView, team: str) -> None:
+        """One more resident: each holds an equal part of its host's ranks."""
+        count = len(host.residents)
+        part = host.world_size / (count + 1)
+        if count:
             stay = [resident.team for resident in host.residents if not resident.leaving]
-            self.shares.charge_each(stay, sign * host.world_size / len(host.residents))
+            self.shares.charge_each(stay, part - host.world_size / count)
+        self.shares.charge(team, part)
 
 
 def inviting(host: HostView) -> tuple[bool, int, str]:

@@ -7,14 +7,13 @@ residents of its own team that stand below it, and those of other teams by `Shar
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from operator import itemgetter
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from orchestrator.host_view import HostView, Resident
 from orchestrator.placement import Room
 from orchestrator.policy import Policy
-from orchestrator.queue import Standing, Waiting, aged, level, standing
+from orchestrator.queue import Standing, Waiting, level, standing
 
 Worst: TypeAlias = tuple[Standing, float, str]
 """The larger, the sooner it has to leave: its standing, then the younger."""
@@ -25,8 +24,7 @@ Seat: TypeAlias = tuple[Worst, str, Resident]
 """A resident, with the name of its host."""
 
 
-@dataclass(frozen=True)
-class Asks:
+class Asks(NamedTuple):
     """A waiting job as it asks for others' places."""
 
     job: Waiting
@@ -50,10 +48,10 @@ class Preemption:
 
     def slot_for(self, job: Waiting) -> bool:
         """Whether somebody leaves a slot of the job's base for it: of all that may be made to, the worst."""
-        asks, seated = self._asks(job), self._room.census.worst.get(job.base, {}).keys()
+        asks, seated = self._asks(job), self._room.census.worst.get(job.base, {})
         # A resident of a full host holds the least that the job could ask for.
         givers = self._room.shares.givers(job.team, job.world_size / max(job.slots, 1), aged=asks.aged)
-        teams = seated & (givers | {job.team})
+        teams = [team for team in (job.team, *givers) if team in seated]
         found = [seat for team in teams if (seat := self._worst_seat(job.base, team, asks)) is not None]
         if not found:
             return False
@@ -122,7 +120,8 @@ class Preemption:
         return True
 
     def _asks(self, job: Waiting) -> Asks:
-        return Asks(job, standing(job, self._policy, self._now), aged(job, self._policy, self._now))
+        asked = standing(job, self._policy, self._now)
+        return Asks(job, asked, asked[0] == 0)
 
     def _gives(self, resident: Resident, asks: Asks, ranks: float) -> bool:
         """Whether a resident may be made to leave for a job."""
