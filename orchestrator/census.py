@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import TypeAlias
 
@@ -16,35 +17,28 @@ class Census:
 
     def __init__(self, hosts: Iterable[HostView], spared_since: float) -> None:
         """`spared_since`: residents preempted later than that are not preempted again."""
-        self.held: dict[str, float] = {}
+        self.held: dict[str, float] = defaultdict(float)
         """Team -> ranks. A resident that stays holds an equal part of its host's."""
-        self.leaving: dict[str, int] = {}
+        self.leaving: dict[str, int] = defaultdict(int)
         """Host -> residents that are leaving it, where there are any."""
-        self.worst: dict[str, WorstByTeam] = {}
-        """Base -> team -> of those who are not spared, on hosts that nobody is leaving, one of the lowest
-        priority, and of these the one with the most service: none stands worse."""
-        self._spared_since = spared_since
+        self.worst: dict[str, WorstByTeam] = defaultdict(dict)
+        """Base -> team -> of those who stay and are not spared, one of the lowest priority, and of these the
+        one with the most service: none that may be preempted stands worse."""
         for host in hosts:
             if host.residents:
-                self._count(host)
+                self._count(host, spared_since)
 
-    def _count(self, host: HostView) -> None:
-        part = host.world_size / len(host.residents)
-        if leaving := sum([resident.leaving for resident in host.residents]):
-            self.leaving[host.name] = leaving
-            for resident in host.residents:
-                if not resident.leaving:
-                    self.held[resident.team] = self.held.get(resident.team, 0.0) + part
-        else:
-            self._count_all(host.residents, part, self.worst.setdefault(host.base, {}))
-
-    def _count_all(self, residents: tuple[Resident, ...], part: float, worst: WorstByTeam) -> None:
+    def _count(self, host: HostView, spared_since: float) -> None:
         # Ten thousands pass here in a decision: each is looked at once, and for no more than is needed.
-        held, spared = self.held, self._spared_since
-        for resident in residents:
+        held, worst = self.held, self.worst[host.base]
+        part = host.world_size / len(host.residents)
+        for resident in host.residents:
+            if resident.leaving:
+                self.leaving[host.name] += 1
+                continue
             team, before = resident.team, resident.preempted_at
-            held[team] = held.get(team, 0.0) + part
-            if before is not None and before > spared:
+            held[team] += part
+            if before is not None and before > spared_since:
                 continue
             service = resident.attained if resident.remaining is None else resident.remaining
             key = -resident.priority, service

@@ -109,8 +109,9 @@ class Room:
         all are, and then the emptiest."""
         hosts = self.hosts_of(job.base)
         if job.need is Need.SLOT:
-            with_slots = self._with_slots.get(job.base, {}).values()
-            hosts = [host for host in with_slots if self._has_room(host, job)]
+            if not (with_slots := self._with_slots.get(job.base)):
+                return None
+            hosts = [host for host in with_slots.values() if self._has_room(host, job)]
         return max(hosts, key=inviting, default=None)
 
     def _has_room(self, host: HostView, job: Waiting) -> bool:

@@ -48,6 +48,8 @@ class Preemption:
 
     def slot_for(self, job: Waiting) -> bool:
         """Whether somebody leaves a slot of the job's base for it: of all that may be made to, the worst."""
+        if self._enough():
+            return False
         asks, seated = self._asks(job), self._room.census.worst.get(job.base, {})
         # A resident of a full host holds the least that the job could ask for.
         givers = self._room.shares.givers(job.team, job.world_size / max(job.slots, 1), aged=asks.aged)
@@ -102,6 +104,8 @@ class Preemption:
 
     def ranks_for(self, job: Waiting, missing: int) -> bool:
         """Whether whole hosts are left by all their residents, `missing` ranks or more, for the job."""
+        if self._enough():
+            return False
         asks = self._asks(job)
         chosen: list[HostView] = []
         for host in self._candidates(asks):
@@ -118,6 +122,9 @@ class Preemption:
         for host in _needed(chosen, -missing):
             self._preempt(host, job, [resident.job for resident in host.residents])
         return True
+
+    def _enough(self) -> bool:
+        return len(self.preempted) >= self._policy.most_preempted
 
     def _asks(self, job: Waiting) -> Asks:
         asked = standing(job, self._policy, self._now)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import TypeAdapter
+from pydantic import AfterValidator, TypeAdapter
 
 from orchestrator.recipe.model_folder import BaseDigests
 from workers.types import BaseSpec, EvaluationSpec, JobSpec, RuleOptions, SearchTask
 
 JobKind = Literal["train", "fuse"]
 StepKind = Literal["evaluate_base", "train", "evaluate", "fuse", "search", "register", "promote", "release"]
+Interned: TypeAlias = Annotated[str, AfterValidator(sys.intern)]
+"""Of all jobs that have it one string, in place of one each: see `queue.Waiting`."""
 
 # ---- what a step does -------------------------------------------------------------------------------------
 
@@ -194,14 +197,14 @@ class PlannedJob:
     steps: tuple[Step, ...]
     base: BaseSpec
     world_size: int
-    host_key: str
+    host_key: Interned
     """Jobs with one key can share a host."""
     task: str
     recipe: Mapping[str, Any]
     """Canonical form."""
     recipe_digest: str
     priority: int = 50
-    team: str | None = None
+    team: Interned | None = None
     max_duration: int | None = None
     """Seconds."""
     estimate: Estimate | None = None

@@ -41,6 +41,8 @@ class TeamsFile(Model):
     """A job that waited so long goes first in its team."""
     protection: Duration = int(Policy.protection)
     """A job is preempted at most once in so long."""
+    most_preempted: Annotated[int, Field(ge=1), NoBool] = Policy.most_preempted
+    """No more jobs make way in one round than so many, a whole host's at once."""
     levels: tuple[Duration, ...] = tuple(int(bound) for bound in Policy.levels)
     """Rising: rank-hours (like 4h) of service at which a job falls into the next queue of its team."""
     idle: Duration = int(Policy.idle)
@@ -68,6 +70,7 @@ def load_policy(path: Path) -> Policy:
         half_life=file.half_life,
         most_waiting=file.most_waiting,
         protection=file.protection,
+        most_preempted=file.most_preempted,
         levels=file.levels,
         idle=file.idle,
         teams=teams,

@@ -7,6 +7,7 @@ they share (the pass of the base, its weights gathered) costs once, their own pa
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -150,7 +151,7 @@ class World:
 
     def arrive(self, trace: TraceJob) -> None:
         """A job is submitted now."""
-        team = trace.team if self._fair else DEFAULT_TEAM
+        team = sys.intern(trace.team if self._fair else DEFAULT_TEAM)
         job = SimJob(trace, team, trace.seconds, trace.submitted_at)
         self.jobs[trace.job] = job
         self.demand[trace.team] = self.demand.get(trace.team, 0) + trace.ranks
@@ -163,7 +164,7 @@ class World:
         self.waiting[trace.job] = Waiting(
             trace.job,
             Need.SLOT,
-            trace.base or trace.job,
+            sys.intern(trace.base or trace.job),
             trace.ranks,
             trace.slots,
             trace.priority,

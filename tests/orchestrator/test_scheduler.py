@@ -181,6 +181,18 @@ def test_schedule_job_that_gets_no_second_host_keeps_none_behind_it_from_preempt
     assert decision.preempt == {"x3": "second"}
 
 
+def test_schedule_crowd_is_preempted_a_part_in_each_decision_and_a_host_whole():
+    hosts = [host(f"h{n}", f"b{n}", residents=residents(f"x{n}", f"y{n}", team="above")) for n in range(4)]
+    jobs = [waiting(f"j{n}", base=f"new{n}", team="below", submitted_at=float(n)) for n in range(2)]
+    policy = Policy(most_preempted=1)
+    decision = decide(*jobs, hosts=hosts, policy=policy)
+    assert decision.preempt == {"x3": "j0", "y3": "j0"}
+    assert decision.refusals["j1"] is Reason.WAITS_FOR_HOST
+    left = [replace(h, residents=()) if h.name == "h3" else h for h in hosts]
+    decision = decide(*jobs, hosts=left, policy=policy)
+    assert (decision.placements, decision.preempt) == ({"j0": "host-1"}, {"x2": "j1", "y2": "j1"})
+
+
 def test_schedule_idle_host_stays_warm_for_a_while_or_while_its_base_is_to_come():
     long, idle = Policy().idle, [host(idle_since=0.0)]
     assert decide(hosts=idle, bases_to_come=frozenset({"b1"}), now=10 * long).close_hosts == ()

@@ -26,12 +26,14 @@ def test_teams_file_gives_claims_and_figures(tmp_path):
         "teams": {"desk": {"weight": 3, "quota": 8}},
         "half_life": "2h",
         "most_waiting": "48h",
+        "most_preempted": 16,
         "levels": ["1h", "8h"],
     }
     policy = load_policy(write_yaml(tmp_path / "teams.yaml", said))
     assert policy.team("desk") == Team(3, 8)
     assert policy.team("another") == Team()
     assert (policy.half_life, policy.most_waiting) == (2 * HOUR, 48 * HOUR)
+    assert (policy.most_preempted, policy.protection) == (16, Policy.protection)
     assert [policy.level(hours * HOUR) for hours in (0.9, 1.0, 8.0)] == [0, 1, 2]
 
 
@@ -40,6 +42,7 @@ def test_teams_file_gives_claims_and_figures(tmp_path):
     [
         ({"teams": {"desk": {"weight": 0}}}, "weight"),
         ({"teams": {"desk": {"quota": -1}}}, "quota"),
+        ({"most_preempted": 0}, "most_preempted"),
         ({"half_live": "4h"}, "half_live"),
         ({"levels": ["8h", "1h"]}, "must rise"),
     ],
