@@ -115,11 +115,12 @@ class Machine(RuleBasedStateMachine):
             changes._do(self.store, data.draw(st.sampled_from(unfinished)), kind, "another", None)
             self.tick(1)
 
-    @rule(quota=st.integers(0, 4), weight=st.sampled_from([0.5, 1.0, 3.0]))
-    def change_quotas(self, quota: int, weight: float) -> None:
+    @rule(quota=st.integers(0, 4), weight=st.sampled_from([0.5, 1.0, 3.0]), most=st.sampled_from([1, 2, 128]))
+    def change_quotas(self, quota: int, weight: float, most: int) -> None:
         CONTENTS["changes of quotas and weights"] += 1
         teams = {"a": {"quota": quota}, "b": {"weight": weight}}
-        (self.folder / "home" / "teams.yaml").write_text(yaml.safe_dump({"version": 1, "teams": teams}))
+        said = {"version": 1, "teams": teams, "most_preempted": most}
+        (self.folder / "home" / "teams.yaml").write_text(yaml.safe_dump(said))
 
     # ---- time ------------------------------------------------------------------------------------------
 

@@ -267,6 +267,7 @@ snapshots = st.builds(
     now=st.floats(4000, 5000),
     policy=st.builds(
         Policy,
+        most_preempted=st.integers(1, 3) | st.just(128),
         teams=st.dictionaries(
             st.sampled_from(TEAMS),
             st.builds(Team, weight=st.floats(0.5, 4.0), quota=st.integers(0, 4)),
