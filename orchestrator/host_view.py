@@ -50,8 +50,9 @@ class HostView:
     """How many its memory has room for in all, by its own measure; None before it has measured."""
     idle_since: float = 0.0
     """When its last job left it."""
-    saturated: bool = False
-    """Its residents fill its ticks: with one more each of them is slower, and all together no faster."""
+    crowded: bool = False
+    """Its residents' own work is more than half of a tick, what they share the rest: each notices one more,
+    who is better off on other ranks while any are free."""
 
     def takes(self, adapter_parameters: int) -> bool:
         """Whether one more adapter fits beside its residents', as far as is known."""
@@ -64,7 +65,7 @@ class HostView:
     def with_residents(self, residents: tuple[Resident, ...], adapter_parameters: int) -> HostView:
         return HostView(
             self.name, self.base, self.world_size, self.slots, self.on_gpus, residents, self.visitors,
-            adapter_parameters, self.adapter_room, self.idle_since, self.saturated,
+            adapter_parameters, self.adapter_room, self.idle_since, self.crowded,
         )  # fmt: skip
 
     @property

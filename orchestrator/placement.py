@@ -105,7 +105,7 @@ class Room:
         return self.of_base.get(base, {}).values()
 
     def warm_host(self, job: Waiting) -> HostView | None:
-        """The fullest host that still takes the job: the others empty sooner. One that is saturated only if
+        """The fullest host that still takes the job: the others empty sooner. One that is crowded only if
         all are, and then the emptiest."""
         hosts = self.hosts_of(job.base)
         if job.need is Need.SLOT:
@@ -226,4 +226,4 @@ class Room:
 def inviting(host: HostView) -> tuple[bool, int, str]:
     """The greatest of the hosts that take a job is the one it goes to."""
     count = len(host.residents)
-    return not host.saturated, -count if host.saturated else count, host.name
+    return not host.crowded, -count if host.crowded else count, host.name

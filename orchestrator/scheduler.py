@@ -4,7 +4,7 @@ Policy, from the outside in:
 1. Between teams the lowest share goes first: `fairness`.
 2. Within a team: who waited to the bound, then priority, then the queues of least attained service, then
    age: `queue`.
-3. A job goes to a warm host of its base, and if all are saturated to a second one, should ranks be free; else
+3. A job goes to a warm host of its base, and if all are crowded to a second one, should ranks be free; else
    a host opens on free ranks, or on those of idle hosts; else residents it may take from are preempted:
    `preemption`. What it then waits for is reserved for it.
 4. A job that cannot start lets others pass, until it has waited to the bound: then what gets free is its own.
@@ -155,7 +155,7 @@ class Turn:
         if (known := self._full.get(key)) is not None:
             return known
         if (host := self.room.warm_host(job)) is not None:
-            second = host.saturated and job.need is Need.SLOT and job.world_size <= self.room.spare()
+            second = host.crowded and job.need is Need.SLOT and job.world_size <= self.room.spare()
             if second and self._justifies_a_host(job):
                 return self.room.open(job)
             return self.room.seat(host, job)

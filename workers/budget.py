@@ -40,6 +40,21 @@ class Knee:
         """Padded tokens a tick should hold now."""
         return self.settled or RUNGS[self.rung]
 
+    @property
+    def half(self) -> int | None:
+        """Padded tokens with which a tick has half of the best speed; None unless the search has found it.
+
+        A tick of N tokens takes fixed + each * N seconds, so its speed is the best times N / (N + half), with
+        half = fixed / each. Both are taken from the line through the first rung and the last.
+        """
+        if self.settled is None or len(self.measured) < 2:
+            return None
+        (few, slower), (many, faster) = self.measured[0], self.measured[-1]
+        shorter, longer = few / slower, many / faster
+        if longer <= shorter:
+            return None
+        return max(0, round(shorter * (many - few) / (longer - shorter) - few))
+
     def fills(self, tokens: int) -> bool:
         """Whether a tick of so many tokens tells anything of the rung."""
         return self.settled is None and tokens >= 0.75 * self.budget

@@ -101,7 +101,12 @@ class Capacity:
         self.memory = worst(models)
         self._fitted = max(self._chunk_tokens, pass_room(self.memory, adapter_parameters))
         return HostMeasured(
-            self._knee.budget, self.calibrating, self.tokens_per_pass, self.memory, self._room(self.memory)
+            self._knee.budget,
+            self.calibrating,
+            self.tokens_per_pass,
+            self.memory,
+            self._room(self.memory),
+            self._knee.half,
         )
 
     def _room(self, memory: MemoryModel) -> int:

@@ -325,6 +325,9 @@ class HostMeasured:
     memory: MemoryModel
     adapter_parameters: int
     """Room for adapters, all slots together, those that are taken included."""
+    half_speed_tokens: int | None = None
+    """Padded tokens of a rank's tick at half of its best speed; None unless the budget was looked for and
+    found."""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,17 @@ class Host:
         """Whether a step of all its residents takes more than one tick of what it found to be its budget."""
         if self.measured is None or self.measured.calibrating:
             return False
-        return sum(self.step_tokens.values()) >= self.measured.tokens_per_tick * self.world_size
+        return self._tokens >= self.measured.tokens_per_tick * self.world_size
+
+    @property
+    def crowded(self) -> bool:
+        """Whether its residents' own work is more than half of a tick: each notices one more."""
+        half = self.measured.half_speed_tokens if self.measured else None
+        return self.saturated or (half is not None and self._tokens > half * self.world_size)
+
+    @property
+    def _tokens(self) -> int:
+        return sum(self.step_tokens.values())
 
 
 class Fleet:

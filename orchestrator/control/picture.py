@@ -60,7 +60,7 @@ def _view(work: Work, books: Books, host: Host, now: float) -> HostView:
         sum(host.adapter_parameters.values()),
         host.measured.adapter_parameters if host.measured else None,
         host.idle_since or now,
-        host.saturated,
+        host.crowded,
     )
 
 

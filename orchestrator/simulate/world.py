@@ -19,8 +19,6 @@ from orchestrator.queue import Need, Waiting
 from orchestrator.scheduler import Decision, Snapshot
 from orchestrator.simulate.traces import TraceJob
 
-KNEE = 0.9
-"""A host's budget is where it has so much of its best speed: `workers.budget`."""
 _ROUNDING = 1e-6
 
 
@@ -208,13 +206,12 @@ class World:
         return HostView(
             *(host.name, host.base, host.world_size, host.slots, True, residents),
             idle_since=host.idle_since,
-            saturated=self._saturated(host),
+            crowded=self._crowded(host),
         )
 
-    def _saturated(self, host: SimHost) -> bool:
-        """As a host finds it: the residents' own parts are so much of a tick that it is near its best."""
-        own = self._tick(host) - self.setting.shared
-        return own > 0 and own >= KNEE * (own + self.setting.shared)
+    def _crowded(self, host: SimHost) -> bool:
+        """As a host finds it: the residents' own parts are more of a tick than what they share."""
+        return self._tick(host) > 2 * self.setting.shared
 
     def _resident(self, job: SimJob) -> Resident:
         return Resident(

@@ -45,8 +45,8 @@ def test_schedule_warm_host_with_a_free_slot_is_used_before_a_new_one():
     assert (decision.start_hosts, decision.placements) == ((), {"a": "h1"})
 
 
-def test_schedule_saturated_host_is_joined_only_if_no_second_one_can_be_opened():
-    full = host(residents=residents("x"), saturated=True)
+def test_schedule_crowded_host_is_joined_only_if_no_second_one_can_be_opened():
+    full = host(residents=residents("x"), crowded=True)
     decision = decide(waiting("a"), hosts=[full], capacity=Capacity(2, 0))
     assert decision.placements == {"a": "host-1"}
     assert decide(waiting("a"), hosts=[full], capacity=Capacity(1, 0)).placements == {"a": "h1"}
@@ -54,9 +54,9 @@ def test_schedule_saturated_host_is_joined_only_if_no_second_one_can_be_opened()
     assert short.placements == {"a": "h1"}
 
 
-def test_schedule_saturated_hosts_are_passed_for_one_that_is_not_and_else_the_emptiest_is_joined():
-    fuller = host("h1", residents=residents("x", "y"), saturated=True)
-    emptier = host("h2", residents=residents("z"), saturated=True)
+def test_schedule_crowded_hosts_are_passed_for_one_that_is_not_and_else_the_emptiest_is_joined():
+    fuller = host("h1", residents=residents("x", "y"), crowded=True)
+    emptier = host("h2", residents=residents("z"), crowded=True)
     light = host("h3")
     assert decide(waiting("a"), hosts=[fuller, emptier, light]).placements == {"a": "h3"}
     assert decide(waiting("a"), hosts=[fuller, emptier]).placements == {"a": "h2"}

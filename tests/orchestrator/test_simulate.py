@@ -66,7 +66,7 @@ def test_simulate_residents_of_unequal_ticks_share_the_pass_of_the_base():
     assert found["large"] == pytest.approx(350 + (300 - 100) * 3.0)
 
 
-def test_simulate_saturated_host_gets_a_second_one_where_ranks_are_free():
+def test_simulate_crowded_host_gets_a_second_one_where_ranks_are_free():
     jobs = [TraceJob(name, at, 1000, 1, base="b", slots=8) for name, at in (("a", 0), ("b", 10))]
     assert ends(ran(*jobs, ranks=2, shared=0.05)) == {"a": 1000, "b": 1010}
     # 10 s alone, 990 steps of 1.2 s for both, and b's last 10 alone.

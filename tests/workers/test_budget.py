@@ -32,6 +32,14 @@ def test_knee_of_a_host_with_a_fixed_cost_a_tick_is_where_it_has_nine_tenths_of_
     assert all(speed < KNEE * best for budget, speed in knee.measured if budget < expected)
 
 
+@pytest.mark.parametrize("overhead", [0.0, 64.0, 256.0, 1024.0])
+def test_half_of_the_best_speed_is_where_a_tick_is_half_its_fixed_cost(overhead):
+    knee = search(lambda tokens: (tokens + overhead) / 1e5)
+    assert knee.half == pytest.approx(overhead, abs=1)
+    assert search(lambda tokens: (tokens + overhead) / 1e5, offered=300).half is None
+    assert Knee(settled=4096).half is None
+
+
 def test_knee_of_a_slow_host_tries_no_tick_that_commands_would_wait_for_too_long():
     knee = search(lambda tokens: (tokens + 1024) / 350)  # 1024 tokens take 5.9 s, twice as many at most 11.7
     assert [budget for budget, _ in knee.measured] == [512, 1024]
