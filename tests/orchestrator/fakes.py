@@ -63,9 +63,10 @@ class FakeHost:
         if self.polls == 1:
             return []
         events: list[Event] = [self.ready] if self.polls == 2 else []
-        if self.polls == 2 and self.faults.adapter_room is not None:
+        room, half = self.faults.adapter_room, self.faults.half_speed_tokens
+        if self.polls == 2 and (room is not None or half is not None):
             memory = MemoryModel(1 << 30, 1 << 20, 100.0, 16)
-            events.append(HostMeasured(512, False, 512, memory, self.faults.adapter_room))
+            events.append(HostMeasured(512, False, 512, memory, room or 1 << 20, half))
         while self.mail:
             events += self.apply(self.mail.popleft())
         for job in list(self.residents):
@@ -147,6 +148,8 @@ class Faults:
     evaluation_error: str = ""
     adapter_room: int | None = None
     """What hosts have measured; a host that has takes one adapter at a time."""
+    half_speed_tokens: int | None = None
+    """What hosts have measured; a step of a job has 64 tokens."""
     alone: bool = False
     """Hosts have no memory for a second adapter, and do not know it."""
     task_result: TaskResult | None = None

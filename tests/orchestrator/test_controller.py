@@ -146,6 +146,19 @@ def test_pipeline_runs_from_training_to_a_release(world):
     assert (world.folder / "released" / "README.md").read_text().startswith("---")
 
 
+@pytest.mark.parametrize(("half", "hosts"), [(None, 1), (32, 1), (31, 2)])
+def test_job_that_comes_to_a_crowded_host_opens_a_second_one_while_ranks_are_free(world, half, hosts):
+    world.faults.half_speed_tokens = half
+    controller = world.controller(cpus=4.0)
+    world.submit(finance())
+    tick_until(world, controller, lambda: world.job("finance").step >= 1)
+    world.submit(support())
+    tick_until(world, controller, lambda: world.job("support").status is Status.RUNNING)
+    assert world.job("finance").status is Status.RUNNING
+    assert len(world.cluster.hosts) == hosts
+    controller.close()
+
+
 def test_pipeline_trains_both_jobs_on_one_host_and_scores_the_base_once_a_task(world):
     world.submit(finance(), support(), **fused())
     world.run()
