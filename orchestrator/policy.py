@@ -36,7 +36,7 @@ class Policy:
     """A job that has waited so long in a row goes before every younger wait of its team."""
     protection: float = 0.5 * HOUR
     """A resident is not preempted for so long after it was seated: at most one preemption a time."""
-    most_preempted: int = 128
+    most_preempted: int = 64
     """Residents told to leave by one decision, a whole host's at once; the next one goes on. Each saves its
     checkpoint, and no decision is longer for a crowd (YARN's total_preemption_per_round)."""
     idle: float = 600.0
