@@ -109,14 +109,14 @@ class Room:
         all are, and then the emptiest."""
         hosts = self.hosts_of(job.base)
         if job.need is Need.SLOT:
-            if not (with_slots := self._with_slots.get(job.base)):
+            with_slots = self._with_slots.get(job.base)
+            if not with_slots or job.base in self._short_of_memory:
                 return None
             hosts = [host for host in with_slots.values() if self._has_room(host, job)]
         return max(hosts, key=inviting, default=None)
 
     def _has_room(self, host: HostView, job: Waiting) -> bool:
-        free = job.base not in self._short_of_memory
-        return free and host.takes(job.adapter_parameters) and self.may_share(host, job)
+        return host.takes(job.adapter_parameters) and self.may_share(host, job)
 
     def may_share(self, host: HostView, job: Waiting) -> bool:
         """Suspects of a host's death keep to their own group."""

@@ -29,7 +29,10 @@ class Asks(NamedTuple):
 
     job: Waiting
     standing: Standing
-    aged: bool
+
+    @property
+    def aged(self) -> bool:
+        return self.standing[0] == 0
 
 
 class Preemption:
@@ -127,8 +130,7 @@ class Preemption:
         return len(self.preempted) >= self._policy.most_preempted
 
     def _asks(self, job: Waiting) -> Asks:
-        asked = standing(job, self._policy, self._now)
-        return Asks(job, asked, asked[0] == 0)
+        return Asks(job, standing(job, self._policy, self._now))
 
     def _gives(self, resident: Resident, asks: Asks, ranks: float) -> bool:
         """Whether a resident may be made to leave for a job."""
